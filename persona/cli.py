@@ -1,0 +1,165 @@
+"""`persona <verb>`. Heavy modules are imported by the verb that needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from persona.errors import PersonaError
+
+app = typer.Typer(help="Gives any LLM call a user id.", no_args_is_help=True, pretty_exceptions_enable=False)
+lm = typer.Typer(help="The reference LM that stands in where no hub model can be downloaded.", no_args_is_help=True)
+bench = typer.Typer(help="Tables with controls and intervals.", no_args_is_help=True)
+data_app = typer.Typer(help="Raw records: read them, or draw some.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(lm, name="lm")
+app.add_typer(bench, name="bench")
+
+Recipe = Annotated[Path, typer.Argument(help="A recipe, such as adapters/movies/recipe.yaml.")]
+Data = Annotated[Path, typer.Option(help="Folder of the raw records.")]
+Strict = Annotated[bool, typer.Option(help="Stop at the first bad row instead of counting it.")]
+ReportTo = Annotated[str, typer.Option(help="Where transformers reports progress: none, tensorboard, wandb, ...")]
+
+
+@data_app.command("shop")
+def data_shop(
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    users: Annotated[int, typer.Option(help="Number of users.")] = 1500,
+    seed: Annotated[int, typer.Option(help="Another seed draws other users of the same shop.")] = 0,
+) -> None:
+    """Draws the records of the generated shop that the demo adapter is trained on."""
+    from persona.demo.shop import generate_shop
+
+    generate_shop(out, users=users, seed=seed)
+    _say(f"wrote the records of {users} users to {out}")
+
+
+@data_app.command("check")
+def data_check(recipe: Recipe, data: Data, strict: Strict = False) -> None:
+    """Reads the records of a recipe and says what it found, bad rows included."""
+    domain = _domain(recipe, data, strict)
+    _say(f"users: {len(domain.train)} train, {len(domain.validation)} validation, {len(domain.test)} test")
+
+
+@lm.command("build")
+def lm_build(
+    recipe: Recipe,
+    data: Data,
+    out: Annotated[Path | None, typer.Option(help="Where to save; `lm` beside the recipe by default.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the recipe's.")] = None,
+    strict: Strict = False,
+    report_to: ReportTo = "none",
+) -> None:
+    """Trains a small Llama from scratch on the domain's own text."""
+    from persona.training.reference_lm import build_reference_lm
+
+    out = out or recipe.parent / "lm"
+    build_reference_lm(_domain(recipe, data, strict), out, steps=steps, report_to=report_to)
+    _say(f"saved the reference LM to {out}")
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    data: Data,
+    llm: Annotated[str, typer.Option(help="Hugging Face name or path of the LLM, which stays frozen.")],
+    out: Annotated[Path | None, typer.Option(help="Where to save; `weights` beside the recipe by default.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the recipe's.")] = None,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Train the control: a learned prompt that sees no user.")
+    ] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    strict: Strict = False,
+    report_to: ReportTo = "none",
+) -> None:
+    """Trains an adapter, user encoder and projector, for a domain and an LLM."""
+    from persona.training.trainer import train_adapter
+
+    out = out or recipe.parent / ("control" if no_history else "weights")
+    domain = _domain(recipe, data, strict)
+    train_adapter(domain, llm, out, steps=steps, without_history=no_history, resume=resume, report_to=report_to)
+    _say(f"saved the adapter to {out}")
+
+
+@bench.command("table")
+def bench_table(
+    recipe: Recipe,
+    data: Data,
+    adapter: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    control: Annotated[Path | None, typer.Option(help="Folder of an adapter trained with --no-history.")] = None,
+    llm: Annotated[str | None, typer.Option(help="LLM, instead of the one the adapter names.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    part: Annotated[str, typer.Option(help="test or validation users.")] = "test",
+    seed: Annotated[int, typer.Option(help="Seed of questions, controls and intervals.")] = 0,
+) -> None:
+    """Asks users who took no part in training, with every control, and prints and writes the table."""
+    from persona.evaluation.report import markdown_table, paired_table
+    from persona.evaluation.runner import run_table
+    from persona.injection import PersonalizedLM
+
+    if part not in ("test", "validation"):
+        raise PersonaError(f"--part is test or validation, not {part}")
+    domain = _domain(recipe, data, False)
+    model = PersonalizedLM.from_pretrained(adapter, llm)
+    other = PersonalizedLM.from_pretrained(control, llm) if control else None
+    result = run_table(domain, model, other, part=part, seed=seed, progress=_say)
+    training = adapter / "training.json"
+    if training.exists():
+        result["training"] = json.loads(training.read_text())
+    typer.echo(f"\n{markdown_table(result)}\n\n{paired_table(result)}")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        _say(f"wrote {out}")
+
+
+@bench.command("readme")
+def bench_readme(
+    results: Annotated[list[Path], typer.Argument(help="Result files; NAME.json fills the markers persona:NAME.")],
+    readme: Annotated[Path, typer.Option(help="File to update.")] = Path("README.md"),
+) -> None:
+    """Writes tables from result files into the README."""
+    from persona.evaluation.report import update_readme
+
+    _say(f"updated {readme}: {', '.join(update_readme(readme, results))}")
+
+
+@app.command()
+def demo(
+    adapter: Annotated[Path, typer.Option(help="The demo adapter.")] = Path("adapters/demo"),
+    question: Annotated[str, typer.Option(help="Asked for each user and for nobody.")] = "",
+    engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
+) -> None:
+    """Three users of a generated shop, the same questions for each and for nobody, answered by vLLM; then a table."""
+    from persona.demo.run import run_demo
+
+    run_demo(adapter, question=question, engine=engine, say=_say)
+
+
+def _domain(recipe: Path, data: Path, strict: bool):
+    from persona.training.recipe import Domain, load_recipe
+
+    domain = Domain(load_recipe(recipe), data, strict=strict)
+    _say(str(domain.report))
+    return domain
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def main() -> None:
+    """Entry point: errors meant for people are printed in one line, all others with their traceback."""
+    try:
+        app()
+    except PersonaError as error:
+        typer.secho(f"persona: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A small generated shop to try everything on, without a download."""

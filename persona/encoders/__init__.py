@@ -1,0 +1,8 @@
+"""From histories to user tokens: event encoders, a sequence backbone, an instruction-aware resampler."""
+
+from persona.encoders.config import EncoderConfig
+from persona.encoders.text import TextEncoder
+from persona.encoders.user_encoder import UserEncoder, UserState, UserTokens
+from persona.encoders.vocabulary import Vocabulary
+
+__all__ = ["EncoderConfig", "TextEncoder", "UserEncoder", "UserState", "UserTokens", "Vocabulary"]

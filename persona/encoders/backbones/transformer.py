@@ -1,0 +1,73 @@
+"""A causal pre-norm transformer with rotary positions: states of older events never change when one is added."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class CausalTransformer(nn.Module):
+    """Decoder-only stack over event vectors (SASRec, Kang & McAuley 2018, with RoPE and SwiGLU)."""
+
+    def __init__(self, width: int, heads: int, layers: int, dropout: float):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, cache: list[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """States and cache of `x` `[B, N, d]`.
+
+        `mask` `[B, N]` is True at real rows, which come first; padding may hold anything. `cache` is what an earlier
+        call returned, `[2, B, heads, M, d / heads]` for each layer: `x` then continues those M positions.
+        """
+        new_cache = []
+        for i, block in enumerate(self.blocks):
+            x, kept = block(x, None if cache is None else cache[i])
+            new_cache.append(kept)
+        x = self.norm(x)
+        return (x if mask is None else x * mask[..., None]), new_cache
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each behind a LayerNorm."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(2 * width, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, N, d]` -> the same, and this layer's keys and values `[2, B, heads, M + N, d / heads]`."""
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [3, B, h, N, d/h]
+        past = 0 if cache is None else cache.shape[3]
+        q, k = rotate(qkv[:2], past)
+        kv = torch.stack([k, qkv[2]])
+        if cache is not None:
+            kv = torch.cat([cache, kv], dim=3)
+        if past:
+            allowed = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
+            attended = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=allowed)
+        else:
+            attended = F.scaled_dot_product_attention(q, kv[0], kv[1], is_causal=True)
+        x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(batch, length, width)))
+        gate, up = self.up(self.norm2(x)).chunk(2, dim=-1)
+        return x + self.dropout(self.down(F.silu(gate) * up)), kv
+
+
+def rotate(x: torch.Tensor, start: int) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021) of `[..., N, e]` at positions `start` to `start + N - 1`."""
+    half = x.shape[-1] // 2
+    frequency = 10_000.0 ** -(torch.arange(half, device=x.device) / half)
+    angle = torch.arange(start, start + x.shape[-2], device=x.device)[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

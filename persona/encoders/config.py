@@ -1,0 +1,42 @@
+"""`EncoderConfig`: the shape of a user encoder. Plain data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from persona.history.source import STRICT
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes and names; what is learned from data stands in `Vocabulary`."""
+
+    __pydantic_config__ = STRICT
+
+    text_encoder: str = "all-MiniLM-L6-v2"
+    """sentence-transformers name or path of the frozen text encoder; the default comes with the package."""
+    backbone: str = "transformer"
+    """Sequence model over the event vectors, a key of `persona.encoders.backbones.BACKBONES`."""
+    width: int = 192
+    """d: width of event vectors, states and user tokens."""
+    heads: int = 6
+    """Attention heads, in the backbone and in the resampler; a divisor of `width`."""
+    layers: int = 2
+    """Layers of the backbone."""
+    resampler_layers: int = 2
+    """Layers of the resampler."""
+    tokens: int = 8
+    """K: user tokens made for one instruction; every prefix of them is usable."""
+    max_events: int = 512
+    """Longest history, in timed events; of a longer one the newest are encoded and the result says so."""
+    dropout: float = 0.1
+    """Dropout in training."""
+
+    def __post_init__(self):
+        for name in ("width", "heads", "resampler_layers", "tokens", "max_events"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")

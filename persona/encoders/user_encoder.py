@@ -1,0 +1,180 @@
+"""`UserEncoder`: a history and an instruction in, user tokens out.
+
+Event vectors and backbone states do not depend on the instruction, so they are computed once (`encode`), continued
+event by event (`extend`), and shared by all questions; `resample` is all that a request pays for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from persona.encoders.backbones import build_backbone
+from persona.encoders.config import EncoderConfig
+from persona.encoders.events import EventEncoder
+from persona.encoders.features import EventBatch, event_rows, make_batch, newest
+from persona.encoders.hub import HubMixin
+from persona.encoders.resampler import Resampler
+from persona.encoders.text import TextEncoder
+from persona.encoders.vocabulary import Vocabulary
+from persona.errors import EventError
+from persona.history import Event, History
+
+
+@dataclass(frozen=True)
+class UserTokens:
+    """User embeddings `[K, d]` for one (user, instruction); every prefix of the K tokens is usable (Matryoshka)."""
+
+    tokens: torch.Tensor
+    """`[K, d]`."""
+    truncated: bool = False
+    """True when the history was longer than the encoder's `max_events` and only its newest events were read."""
+
+    @property
+    def vector(self) -> torch.Tensor:
+        """Mean over tokens, L2-normalised, `[d]`: for retrieval and probes."""
+        return nn.functional.normalize(self.tokens.mean(0), dim=-1)
+
+
+@dataclass(frozen=True)
+class UserState:
+    """What is cached for a user: backbone states and what is needed to continue them."""
+
+    states: torch.Tensor
+    """`[1 + rows, d]`; the first is the learned start state, all there is of an empty history."""
+    cache: list[torch.Tensor]
+    """The backbone's cache."""
+    events: int = 0
+    """Timed events read, those of unknown sources too, though they make no row."""
+    untimed: int = 0
+    """Events without a time."""
+    last_timestamp: float | None = None
+    """Seconds; time of the newest event read."""
+    row_timestamp: float | None = None
+    """Seconds; time of the newest event that made a row: the time gap of the next row starts here."""
+    truncated: bool = False
+    """See `UserTokens.truncated`."""
+
+
+class UserEncoder(HubMixin, nn.Module):
+    """Event encoders, a sequence backbone and an instruction-aware resampler."""
+
+    def __init__(self, config: EncoderConfig, vocabulary: Vocabulary, text_encoder: TextEncoder | None = None):
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        # Not a submodule: it is frozen, shared between encoders, and never saved with the weights.
+        object.__setattr__(self, "text_encoder", text_encoder or TextEncoder(config.text_encoder))
+        dim = self.text_encoder.dim
+        self.events = EventEncoder(vocabulary, dim, config.width, config.dropout)
+        self.start = nn.Parameter(torch.randn(config.width) * 0.3)
+        self.backbone = build_backbone(config.backbone, config.width, config.heads, config.layers, config.dropout)
+        self.resampler = Resampler(
+            dim, config.width, config.heads, config.resampler_layers, config.tokens, config.dropout
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.start.device
+
+    def forward(self, batch: EventBatch, instructions: Sequence[str], owner: torch.Tensor) -> torch.Tensor:
+        """User tokens `[Q, K, d]` of Q instructions; instruction q asks about history `owner[q]` of the batch."""
+        states, mask = self.states(batch)
+        return self.resample(states[owner], mask[owner], instructions)
+
+    def states(self, batch: EventBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Backbone states `[B, 1 + N, d]` of a batch and their mask; the first state is the start state."""
+        vectors = self.events(batch)
+        vectors = torch.cat([self.start.expand(len(vectors), 1, -1), vectors], dim=1)
+        mask = torch.cat([batch.mask.new_ones(len(vectors), 1), batch.mask], dim=1)
+        return self.backbone(vectors, mask)[0], mask
+
+    def resample(self, states: torch.Tensor, mask: torch.Tensor, instructions: Sequence[str]) -> torch.Tensor:
+        """`states` `[Q, N, d]`, `mask` `[Q, N]` and Q instructions -> `[Q, K, d]`."""
+        words = self.text_encoder.states_of(list(instructions))
+        padded = nn.utils.rnn.pad_sequence(words, batch_first=True).to(states)
+        sizes = torch.tensor([len(w) for w in words], device=states.device)
+        seen = torch.arange(padded.shape[1], device=states.device)[None] < sizes[:, None]
+        return self.resampler(states, mask, padded, seen)
+
+    def batch(self, histories: Sequence[History]) -> EventBatch:
+        """Histories as the model's input, each cut to its newest `max_events`."""
+        rows = [event_rows(newest(h, self.config.max_events)[0].events, self.vocabulary) for h in histories]
+        return make_batch(rows, self.text_encoder).to(self.device)
+
+    @torch.inference_mode()
+    def encode(self, histories: Sequence[History], batch_size: int = 64) -> list[UserState]:
+        """States of many users, one forward pass for each `batch_size`. Evaluation mode is the caller's to set."""
+        result = []
+        for start in range(0, len(histories), batch_size):
+            part = histories[start : start + batch_size]
+            batch = self.batch(part)
+            vectors = self.events(batch)
+            vectors = torch.cat([self.start.expand(len(part), 1, -1), vectors], dim=1)
+            states, cache = self.backbone(vectors)
+            for i, history in enumerate(part):
+                size = 1 + int(batch.mask[i].sum())
+                read, truncated = newest(history, self.config.max_events)
+                timed = read.timed
+                result.append(
+                    UserState(
+                        states[i, :size].clone(),
+                        [layer[:, i : i + 1, :, :size].clone() for layer in cache],
+                        events=len(timed),
+                        untimed=len(read) - len(timed),
+                        last_timestamp=timed[-1].timestamp if timed else None,
+                        row_timestamp=self._row_timestamp(timed),
+                        truncated=truncated,
+                    )
+                )
+        return result
+
+    @torch.inference_mode()
+    def extend(self, state: UserState, events: Sequence[Event]) -> UserState:
+        """The state after newer `events`; equal to encoding the whole history again, at the price of the new events.
+
+        Raises `EventError` for an event without a time or older than the newest one read, and when the result would
+        be longer than `max_events`: encode the history again in these cases.
+        """
+        events = sorted(events, key=lambda e: -1.0 if e.timestamp is None else e.timestamp)
+        rows = event_rows(events, self.vocabulary, state.row_timestamp)
+        for event in events:
+            if event.timestamp is None or (state.last_timestamp is not None and event.timestamp < state.last_timestamp):
+                raise EventError("an event without a time, or older than the newest one read, cannot extend a state")
+        if state.events + len(events) > self.config.max_events:
+            raise EventError(f"a state holds at most {self.config.max_events} events; encode the history again")
+        if not events:
+            return state
+        state = replace(
+            state,
+            events=state.events + len(events),
+            last_timestamp=events[-1].timestamp,
+            row_timestamp=self._row_timestamp(events, state.row_timestamp),
+        )
+        if not rows:
+            return state
+        vectors = self.events(make_batch([rows], self.text_encoder).to(self.device))
+        new, cache = self.backbone(vectors, cache=state.cache)
+        return replace(state, states=torch.cat([state.states, new[0]]), cache=cache)
+
+    def _row_timestamp(self, timed: Sequence[Event], before: float | None = None) -> float | None:
+        return next((e.timestamp for e in reversed(timed) if e.source in self.vocabulary.sources), before)
+
+    @torch.inference_mode()
+    def tokens(
+        self, states: Sequence[UserState], instructions: Sequence[str], count: int | None = None
+    ) -> list[UserTokens]:
+        """User tokens for each (state, instruction) pair; `count` keeps the first so many of the K tokens."""
+        if not states:
+            return []
+        count = count or self.config.tokens
+        if not 1 <= count <= self.config.tokens:
+            raise EventError(f"this encoder makes 1 to {self.config.tokens} tokens, not {count}")
+        padded = nn.utils.rnn.pad_sequence([s.states for s in states], batch_first=True)
+        sizes = torch.tensor([len(s.states) for s in states], device=padded.device)
+        mask = torch.arange(padded.shape[1], device=padded.device)[None] < sizes[:, None]
+        tokens = self.resample(padded, mask, instructions)[:, :count]
+        return [UserTokens(t.clone(), s.truncated) for t, s in zip(tokens, states)]

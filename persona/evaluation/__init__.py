@@ -1,0 +1,1 @@
+"""Tables that separate personalisation from task tuning: methods, controls, floors, intervals, report."""

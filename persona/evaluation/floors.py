@@ -1,0 +1,97 @@
+"""What simple statistics reach without any LM: a table whose rows do not beat these shows little."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import numpy as np
+from scipy.sparse import csr_matrix
+from sklearn.preprocessing import normalize
+
+from persona.training.questions import NO, YES, Cut, Question, build_questions
+from persona.training.recipe import Domain
+
+
+class Floors:
+    """Fitted on training users: majority answers, user + item bias for numbers, item cosine for the next item."""
+
+    def __init__(self, domain: Domain):
+        self.domain = domain
+        self.specs = domain.recipe.questions
+        self._bias = {n: ItemBias(domain, s.source) for n, s in self.specs.items() if s.kind == "next_value"}
+        self._cosine = {n: ItemCosine(domain, s.source) for n, s in self.specs.items() if s.kind == "next_item"}
+        self._majority = {n: self._commonest(n) for n, s in self.specs.items() if s.kind != "next_item"}
+
+    def _commonest(self, name: str) -> str:
+        """The commonest right answer among the evaluation questions of training users."""
+        rng, counts = np.random.default_rng(0), Counter()
+        for _, cut in self.domain.cuts(self.domain.train):
+            spec = {name: self.specs[name]}
+            counts.update(q.answer for q in build_questions(cut, spec, self.domain.catalogue, rng, training=False))
+        return counts.most_common(1)[0][0]
+
+    def majority(self, question: Question) -> dict[str, float] | None:
+        """Score 1 for the commonest answer; None for questions that choose an item."""
+        answer = self._majority.get(question.task)
+        return None if answer is None else {answer: 1.0}
+
+    def bias(self, question: Question, cut: Cut, item_id: str | None) -> dict[str, float] | None:
+        """Scores of the number answers by closeness to user + item bias; None for other questions."""
+        model = self._bias.get(question.task)
+        if model is None:
+            return None
+        guess = model.predict(cut, item_id)
+        return {option: -abs(float(option) - guess) for option in question.options}
+
+    def cosine(self, question: Question, cut: Cut, item_id: str | None) -> dict[str, float] | None:
+        """Odds of yes by the item's cosine to the history's items; None for other questions."""
+        model = self._cosine.get(question.task)
+        return None if model is None else {YES: model.score(cut, item_id), NO: 0.0}
+
+
+class ItemBias:
+    """Value = mean + item bias + user bias, both shrunk (Koren et al. 2009); the user's from the history alone."""
+
+    def __init__(self, domain: Domain, source: str, shrink: float = 5.0):
+        self.source, self.shrink = source, shrink
+        events = [e for u in domain.train for e in domain.histories[u].events if e.source == source]
+        events = [e for e in events if e.value is not None]
+        self.mean = float(np.mean([e.value for e in events]))
+        residuals = defaultdict(list)
+        for event in events:
+            residuals[event.item_id].append(event.value - self.mean)
+        self.item = {i: sum(r) / (len(r) + shrink) for i, r in residuals.items()}
+
+    def predict(self, cut: Cut, item_id: str | None) -> float:
+        """Expected value of `item_id` for this user."""
+        own = [
+            e.value - self.mean - self.item.get(e.item_id, 0.0)
+            for e in cut.history.events
+            if e.source == self.source and e.value is not None
+        ]
+        return self.mean + self.item.get(item_id, 0.0) + sum(own) / (len(own) + self.shrink)
+
+
+class ItemCosine:
+    """Mean cosine between an item's and the history items' columns of the training user-item matrix."""
+
+    def __init__(self, domain: Domain, source: str):
+        self.source = source
+        pairs = [
+            (n, e.item_id)
+            for n, u in enumerate(domain.train)
+            for e in domain.histories[u].events
+            if e.source == source and e.item_id is not None
+        ]
+        self.index = {i: n for n, i in enumerate(dict.fromkeys(i for _, i in pairs))}
+        rows, columns = [n for n, _ in pairs], [self.index[i] for _, i in pairs]
+        matrix = csr_matrix((np.ones(len(pairs)), (rows, columns)))
+        matrix.data[:] = 1.0
+        self.columns = normalize(matrix.T.tocsr())  # [items, users]
+
+    def score(self, cut: Cut, item_id: str | None) -> float:
+        """0 for an unknown item or a history without known items."""
+        met = [self.index[e.item_id] for e in cut.history.events if e.source == self.source and e.item_id in self.index]
+        if item_id not in self.index or not met:
+            return 0.0
+        return float((self.columns[met] @ self.columns[self.index[item_id]].T).mean())

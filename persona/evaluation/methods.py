@@ -1,0 +1,135 @@
+"""The rows of the table: each method turns a question at a cut into what the LLM reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from persona.encoders import UserState
+from persona.evaluation.likelihood import Request
+from persona.history import History
+from persona.history.render import render_history
+from persona.injection import PersonalizedLM
+from persona.training.questions import Cut, Question, build_questions
+from persona.training.recipe import Domain
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question, at one cut of one user."""
+
+    user: int
+    """Index of the user among those asked."""
+    cut: int
+    """Index of the cut."""
+    question: Question
+    """What is asked."""
+
+
+@dataclass
+class Sample:
+    """The evaluation: cuts of users who took no part in training, and every question asked at them."""
+
+    users: list[str]
+    """Users with at least one question."""
+    cuts: list[Cut]
+    """What each method may see, and what came after."""
+    asked: list[Asked]
+    """All questions."""
+    stranger: list[int]
+    """For each cut, the cut of another user whose tokens the shuffled-user control puts in."""
+
+
+def draw_sample(domain: Domain, users: Sequence[str], seed: int) -> Sample:
+    """The same for the same seed; raises nothing and asks nothing about users with too short a history."""
+    pairs = domain.cuts(list(users))
+    kept: list[str] = []
+    cuts, asked, owner = [], [], []
+    for number, (user, cut) in enumerate(pairs):
+        rng = np.random.default_rng([seed, 2, number])
+        questions = build_questions(cut, domain.recipe.questions, domain.catalogue, rng, training=False)
+        if not questions:
+            continue
+        if not kept or kept[-1] != user:
+            kept.append(user)
+        owner.append(len(kept) - 1)
+        asked += [Asked(len(kept) - 1, len(cuts), q) for q in questions]
+        cuts.append(cut)
+    order = np.random.default_rng([seed, 3]).permutation(len(kept))
+    follower = {int(a): int(b) for a, b in zip(order, np.roll(order, 1))}  # a derangement of users
+    of_user: dict[int, list[int]] = {}
+    for cut, user in enumerate(owner):
+        of_user.setdefault(user, []).append(cut)
+    stranger = []
+    for cut, user in enumerate(owner):
+        others = of_user[follower[user]]
+        stranger.append(others[of_user[user].index(cut) % len(others)])
+    return Sample(kept, cuts, asked, stranger)
+
+
+class Methods:
+    """Requests for each method by name, in the order of `sample.asked`."""
+
+    def __init__(self, domain: Domain, model: PersonalizedLM, control: PersonalizedLM | None, sample: Sample):
+        self.domain, self.model, self.control, self.sample = domain, model, control, sample
+        self.states = model.encoder.encode([c.history for c in sample.cuts])
+        self.texts = [render_history(c.history, domain.recipe.sources) for c in sample.cuts]
+
+    @property
+    def counts(self) -> list[int]:
+        """Prefix lengths of the K tokens that get a row: powers of two up to K, and K."""
+        most = self.model.encoder.config.tokens
+        return [k for k in (1, 2, 4, 8, 16, 32) if k < most] + [most]
+
+    def all(self) -> Iterator[tuple[str, list[Request]]]:
+        """(name, requests) of every method that asks the LLM."""
+        most = self.model.encoder.config.tokens
+        yield "no_history", self.plain()
+        if self.control is not None:
+            empty = self.control.encoder.encode([History("nobody")])[0]
+            yield "learned_prompt", self.soft(self.control, [empty] * len(self.sample.cuts), most)
+        yield "shuffled_user", self.soft(self.model, [self.states[i] for i in self.sample.stranger], most)
+        yield "text_same_budget", self.text(self.budget_texts(most))
+        for count in self.counts:
+            yield f"ours_k{count}", self.soft(self.model, self.states, count)
+        yield "text_full", self.text(self.texts)
+
+    def plain(self) -> list[Request]:
+        """The question alone."""
+        return [Request(a.question.prompt, a.question.options) for a in self.sample.asked]
+
+    def text(self, texts: Sequence[str]) -> list[Request]:
+        """A text about the user, then the question, in one user turn."""
+        return [Request(f"{texts[a.cut]}\n{a.question.prompt}", a.question.options) for a in self.sample.asked]
+
+    def soft(self, model: PersonalizedLM, states: Sequence[UserState], count: int, batch: int = 256) -> list[Request]:
+        """User tokens of `states[cut]`, the first `count` of them, then the question."""
+        requests = []
+        for start in range(0, len(self.sample.asked), batch):
+            part = self.sample.asked[start : start + batch]
+            rows = model.soft_rows([states[a.cut] for a in part], [a.question.prompt for a in part], count)
+            requests += [Request(a.question.prompt, a.question.options, r) for a, r in zip(part, rows)]
+        return requests
+
+    def budget_texts(self, budget: int) -> list[str]:
+        """As many of the newest events as fit in `budget` tokens of text; one whole event where not even one fits."""
+        tokenizer, result = self.model.template.tokenizer, []
+        for cut in self.sample.cuts:
+            chosen = ""
+            for count in range(1, len(cut.history.timed) + 1):
+                newest = cut.history.of(cut.history.timed[-count:])
+                text = render_history(newest, self.domain.recipe.sources)
+                if chosen and len(tokenizer.encode(f"{text}\n", add_special_tokens=False)) > budget:
+                    break
+                chosen = text
+            result.append(chosen)
+        return result
+
+
+def tokens_of(model: PersonalizedLM, requests: Sequence[Request]) -> float:
+    """Mean tokens of a prompt, soft rows counted as one each."""
+    sizes = [len(model.template.prompt(r.messages, 0 if r.rows is None else len(r.rows)).ids) for r in requests]
+    return float(torch.tensor(sizes, dtype=torch.float).mean())

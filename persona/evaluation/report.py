@@ -1,0 +1,102 @@
+"""From result files to Markdown, and into a README between markers, so that no table is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from persona.errors import DataError
+
+NAMES = {
+    "chance": "chance",
+    "majority": "majority answer (no LM)",
+    "user_item_bias": "user + item bias (no LM)",
+    "item_cosine": "item cosine (no LM)",
+    "no_history": "no history",
+    "learned_prompt": "learned prompt, no user in it",
+    "shuffled_user": "another user's tokens",
+    "text_same_budget": "newest events as text, same budget",
+    "text_full": "full history as text",
+}
+_MARKER = "<!-- persona:{name} -->"
+
+
+def load_result(path: str | Path) -> dict:
+    """A result file; raises `DataError` when it is missing or not one."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; make it with `persona bench table`") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    if not {"results", "n", "command", "seed"} <= result.keys():
+        raise DataError(f"{path} is not a result of `persona bench table`")
+    return result
+
+
+def markdown_table(result: dict) -> str:
+    """The table of one result, with the paired differences and how it was made below it."""
+    tasks = list(result["n"]["answers"])
+    lines = [
+        "| method | user tokens | prompt tokens | " + " | ".join([*tasks, "mean"]) + " |",
+        "|---|---|---|" + "---|" * (len(tasks) + 1),
+    ]
+    for name, row in result["results"].items():
+        tokens = row.get("tokens", {})
+        size = f"{tokens['user']:.0f} | {tokens['prompt']:.0f}" if tokens else " | "
+        lines.append(f"| {label(name)} | {size} | " + " | ".join(_cell(row.get(t)) for t in [*tasks, "mean"]) + " |")
+    n = result["n"]
+    answers = ", ".join(f"{count} {task}" for task, count in n["answers"].items())
+    lines += [
+        "",
+        f"Accuracy, mean over {n['users']} {result['config']['part']} users who took no part in training, with "
+        f"bootstrap 95% intervals over users. {n['cuts']} cuts; answers: {answers}. Seed {result['seed']}. "
+        f"Made by `{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
+def paired_table(result: dict) -> str:
+    """Ours minus each comparison, user by user."""
+    tasks = list(result["n"]["answers"])
+    lines = ["| difference | " + " | ".join([*tasks, "mean"]) + " |", "|---|" + "---|" * (len(tasks) + 1)]
+    for name, row in result["paired"].items():
+        ours, other = name.split(" - ")
+        cells = " | ".join(_cell(row.get(t), signed=True) for t in [*tasks, "mean"])
+        lines.append(f"| {label(ours)} minus {label(other)} | {cells} |")
+    return "\n".join(lines)
+
+
+def label(name: str) -> str:
+    """A method's name for people."""
+    match = re.fullmatch(r"ours_k(\d+)", name)
+    return f"**ours, K = {match[1]}**" if match else NAMES.get(name, name)
+
+
+def _cell(value: dict | None, signed: bool = False) -> str:
+    if value is None:
+        return ""
+    form = "+.3f" if signed else ".3f"
+    return f"{value['acc']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
+
+
+def update_readme(readme: str | Path, results: Sequence[str | Path]) -> list[str]:
+    """Replaces the text between `<!-- persona:NAME -->` markers by the tables of each NAME.json; returns the names.
+
+    Raises `DataError` when a result has no pair of markers.
+    """
+    path = Path(readme)
+    text, done = path.read_text(encoding="utf-8"), []
+    for file in results:
+        name = Path(file).stem
+        result, marker = load_result(file), _MARKER.format(name=name)
+        parts = text.split(marker)
+        if len(parts) != 3:
+            raise DataError(f"{path} needs two lines {marker} around the place of the table, not {len(parts) - 1}")
+        body = f"\n{markdown_table(result)}\n\n{paired_table(result)}\n"
+        text = marker.join([parts[0], body, parts[2]])
+        done.append(name)
+    path.write_text(text, encoding="utf-8")
+    return done

@@ -1,0 +1,162 @@
+"""`Persona`: observe events, ask with a user id, forget. The whole library behind five methods."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from persona.encoders import UserState, UserTokens
+from persona.encoders.features import event_rows
+from persona.errors import PersonaError
+from persona.history import Event, History
+from persona.injection.model import PersonalizedLM
+from persona.injection.soft_prompt import Messages, last_user_turn
+from persona.serving.vllm_offline import VLLMEngine
+from persona.store import EventStore
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back, and whether the user had a part in it."""
+
+    text: str
+    """The LLM's answer."""
+    personalized: bool
+    """False when the answer is the plain LLM's."""
+    reason: str | None = None
+    """Why the answer is plain, for people."""
+    truncated: bool = False
+    """True when only the newest events of a long history were read."""
+
+
+class Persona:
+    """A store of events, an adapter, and an LLM that runs in Hugging Face or in vLLM.
+
+    States are cached by user and store revision: a new event extends the cached state and nothing is encoded twice.
+    """
+
+    def __init__(
+        self,
+        model: PersonalizedLM,
+        store: EventStore,
+        engine: VLLMEngine | None = None,
+        *,
+        tenant: str = "default",
+        cache_size: int = 10_000,
+    ):
+        self.model, self.store, self.engine, self.tenant = model.eval(), store, engine, tenant
+        self.cache_size = cache_size
+        self._states: OrderedDict[str, tuple[int, UserState]] = OrderedDict()
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter: str | Path,
+        llm: str | Path | None = None,
+        *,
+        store: str | EventStore = "sqlite:///persona.db",
+        engine: str = "transformers",
+        tenant: str = "default",
+        **kwargs,
+    ) -> Persona:
+        """Loads an adapter and its LLM; `engine` is "transformers" or "vllm", and `kwargs` go to it.
+
+        Raises `CheckpointError` for what cannot be loaded, and `ValueError` for another engine.
+        """
+        if engine not in ("transformers", "vllm"):
+            raise ValueError(f'engine is "transformers" or "vllm", not {engine!r}')
+        store = EventStore(store) if isinstance(store, str) else store
+        model = PersonalizedLM.from_pretrained(adapter, llm, **(kwargs if engine == "transformers" else {}))
+        if engine == "vllm" and model.adapter.lora:
+            raise PersonaError(f"{adapter} has a LoRA, which the vLLM engine does not load: use engine='transformers'")
+        running = VLLMEngine(model.llm.config._name_or_path, **kwargs) if engine == "vllm" else None
+        return cls(model, store, running, tenant=tenant)
+
+    def observe(self, user: str, events: Event | Iterable[Event]) -> int:
+        """Stores events and returns how many were new. Runs no model."""
+        return self.store.append(user, [events] if isinstance(events, Event) else list(events), tenant=self.tenant)
+
+    def state(self, user: str) -> UserState | None:
+        """The user's cached state, brought up to date; None for a user without events."""
+        with self._lock:
+            revision = self.store.revision(user, tenant=self.tenant)
+            if not revision:
+                self._states.pop(user, None)
+                return None
+            known = self._states.get(user)
+            if known and known[0] == revision:
+                self._states.move_to_end(user)
+                return known[1]
+            encoder = self.model.encoder
+            history = self.store.history(user, last=encoder.config.max_events + 1, tenant=self.tenant)
+            state = self._extended(known[1], history) if known else None
+            state = state or encoder.encode([history])[0]
+            self._states[user] = (revision, state)
+            self._states.move_to_end(user)
+            while len(self._states) > self.cache_size:
+                self._states.popitem(last=False)
+            return state
+
+    def _extended(self, state: UserState, history: History) -> UserState | None:
+        """The old state continued by newer events, or None where only encoding again is right."""
+        timed, last = history.timed, state.last_timestamp
+        if state.untimed != len(history) - len(timed):
+            return None
+        new = [e for e in timed if last is not None and e.timestamp > last]
+        fits = not state.truncated and state.events + len(new) <= self.model.encoder.config.max_events
+        if not new or not fits or state.events + len(new) != len(timed):
+            return None
+        return self.model.encoder.extend(state, new)
+
+    def tokens(self, user: str, instruction: str, count: int | None = None) -> UserTokens | None:
+        """User tokens `[K, d]` for an instruction; None for a user without events."""
+        state = self.state(user)
+        return None if state is None else self.model.encoder.tokens([state], [instruction], count)[0]
+
+    def generate(self, user: str | None, messages: Messages, **kwargs) -> Answer:
+        """One answer; see `generate_batch`."""
+        return self.generate_batch([(user, messages)], **kwargs)[0]
+
+    def generate_batch(
+        self,
+        requests: Sequence[tuple[str | None, Messages]],
+        *,
+        instruction: str | None = None,
+        count: int | None = None,
+        **kwargs,
+    ) -> list[Answer]:
+        """Answers for (user, messages) pairs in one batch; the user None asks plainly.
+
+        `instruction` defaults to each request's last user turn; `kwargs` go to the engine. An unknown user gets the
+        plain answer, and the answer says so.
+        """
+        if not requests:
+            return []
+        states = [None if user is None else self.state(user) for user, _ in requests]
+        known = [i for i, s in enumerate(states) if s is not None]
+        instructions = [instruction or last_user_turn(requests[i][1]) for i in known]
+        rows = self.model.soft_rows([states[i] for i in known], instructions, count) if known else None
+        size = rows.shape[1] if known else 0
+        prompts = [self.model.template.prompt(m, size if s else 0) for (_, m), s in zip(requests, states)]
+        engine = self.engine or self.model
+        texts = engine.complete(prompts, rows.flatten(0, 1) if known else None, **kwargs)
+        return [_answer(text, user, state) for text, (user, _), state in zip(texts, requests, states)]
+
+    def forget(self, user: str) -> int:
+        """Erases the user's events, cached states and cached texts; returns how many events there were."""
+        with self._lock:
+            history = self.store.history(user, tenant=self.tenant)
+            self._states.pop(user, None)
+            encoder = self.model.encoder
+            encoder.text_encoder.forget([row.text for row in event_rows(history.events, encoder.vocabulary)])
+            return self.store.forget(user, tenant=self.tenant)
+
+
+def _answer(text: str, user: str | None, state: UserState | None) -> Answer:
+    if state is not None:
+        return Answer(text, True, truncated=state.truncated)
+    return Answer(text, False, "no user was named" if user is None else "this user has no events")

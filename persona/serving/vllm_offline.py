@@ -1,0 +1,100 @@
+"""Soft prompts in vLLM's offline engine: the same rows, the same places, the same greedy tokens as Hugging Face."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from persona.errors import MissingExtraError, PersonaError
+from persona.injection.soft_prompt import Prompt
+
+TESTED = ("0.32", "0.33")
+"""First version that works, first version not tested."""
+
+
+class VLLMEngine:
+    """A stock `vllm.LLM` that takes prompts with soft rows.
+
+    `dtype` defaults to float32 on a CPU, where greedy answers equal Hugging Face's, and to vLLM's choice on a GPU.
+    Further arguments go to `vllm.LLM`. Raises `MissingExtraError` without vLLM and `PersonaError` for a version that was not tested.
+    """
+
+    def __init__(self, model: str | Path, *, max_model_len: int = 2048, **kwargs):
+        vllm = import_vllm()
+        options: dict = {"enable_prompt_embeds": True, "max_model_len": max_model_len, "disable_log_stats": True}
+        if not torch.cuda.is_available():
+            options |= {
+                "dtype": "float32",
+                "enforce_eager": True,
+                "block_size": 32,  # the CPU default of 128 hardly ever shares a prefix
+                "max_num_seqs": 16,
+                "max_num_batched_tokens": max(2048, max_model_len),
+                "kv_cache_memory_bytes": 256 * 2**20,
+            }
+        self._sampling = vllm.SamplingParams
+        self.engine = vllm.LLM(model=str(model), **{**options, **kwargs})
+        self.width = self.engine.llm_engine.model_config.get_hidden_size()
+
+    def complete(
+        self, prompts: Sequence[Prompt], rows: torch.Tensor | None, *, max_new_tokens: int = 32, **kwargs
+    ) -> list[str]:
+        """Greedy completions of prompts whose soft positions hold `rows` `[S, llm_width]`, in order.
+
+        `kwargs` go to `vllm.SamplingParams`. Rows of another width, or that are not finite, or all zero are refused
+        here: the engine would hang, answer nonsense, or confuse two users (vLLM issue 56655).
+        """
+        room = sum(p.count for p in prompts)
+        if room != (0 if rows is None else len(rows)):
+            found = 0 if rows is None else len(rows)
+            raise PersonaError(f"the prompts have room for {room} soft rows, but there are {found}")
+        requests, used = [], 0
+        for prompt in prompts:
+            if not prompt.count:
+                requests.append({"prompt_token_ids": prompt.ids})
+                continue
+            requests.append(self._request(prompt, rows[used : used + prompt.count]))
+            used += prompt.count
+        sampling = self._sampling(**{"temperature": 0.0, "max_tokens": max_new_tokens, **kwargs})
+        return [out.outputs[0].text.strip() for out in self.engine.generate(requests, sampling, use_tqdm=False)]
+
+    def _request(self, prompt: Prompt, rows: torch.Tensor) -> dict:
+        check_rows(rows, self.width)
+        is_token = prompt.is_token
+        embeds = torch.zeros(len(prompt.ids), self.width, dtype=self.engine.llm_engine.model_config.dtype)
+        embeds[prompt.start : prompt.start + prompt.count] = rows.to(embeds)
+        # The placeholder's id may lie beyond the LLM's vocabulary; at soft positions the id is never looked at.
+        ids = [i if token else 0 for i, token in zip(prompt.ids, is_token)]
+        return {"prompt_embeds": embeds, "prompt_token_ids": ids, "prompt_is_token_ids": is_token}
+
+
+def check_rows(rows: torch.Tensor, width: int) -> None:
+    """Raises `PersonaError` unless `rows` is `[K, width]`, finite, and without an all-zero row."""
+    if rows.dim() != 2 or rows.shape[1] != width:
+        raise PersonaError(f"soft rows have shape {tuple(rows.shape)}; this LLM needs [K, {width}]")
+    if not torch.isfinite(rows).all():
+        raise PersonaError("soft rows hold NaN or infinity; the adapter is damaged or its input is")
+    if (rows == 0).all(dim=1).any():
+        raise PersonaError("a soft row is all zero; vLLM would confuse it with token 0")
+
+
+def import_vllm():
+    """The vllm module, set up for this machine and checked to be of a tested version."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        import vllm
+    except ImportError as error:
+        raise MissingExtraError(f"vLLM cannot be imported ({error}): pip install 'persona[vllm]'") from error
+    from packaging.version import Version
+
+    if not Version(TESTED[0]) <= Version(vllm.__version__) < Version(TESTED[1]):
+        raise PersonaError(
+            f"vLLM {vllm.__version__} is not tested; install one from {TESTED[0]} up to, not including, {TESTED[1]}"
+        )
+    return vllm

@@ -1,0 +1,74 @@
+"""Training examples for an adapter: a history at a random cut, with questions about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from persona.history import History
+from persona.injection.model import PersonalizedLM
+from persona.training.questions import Question, build_questions
+from persona.training.recipe import Domain
+
+
+@dataclass(frozen=True)
+class Example:
+    """One history and the questions asked about it."""
+
+    history: History
+    """What the encoder may see."""
+    questions: tuple[Question, ...]
+    """At least one."""
+
+
+class Examples(Dataset):
+    """Example `i` is drawn from its own seed, so a run can be repeated and resumed; there are `size` of them.
+
+    `without_history` empties every history: what is trained then is a learned prompt that knows the questions and the
+    catalogue but no user, the control that tells personalisation from task tuning.
+    """
+
+    def __init__(self, domain: Domain, size: int, *, without_history: bool = False):
+        self.domain, self.size, self.without_history = domain, size, without_history
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Example:
+        recipe = self.domain.recipe
+        rng = np.random.default_rng([recipe.training.seed, 1, index])
+        while True:
+            cut = self.domain.training_cut(rng)
+            questions = build_questions(cut, recipe.questions, self.domain.catalogue, rng, training=True)
+            if questions:
+                break
+        most = recipe.training.questions_per_history
+        picked = tuple(questions[i] for i in rng.permutation(len(questions))[:most])
+        return Example(History(cut.history.user) if self.without_history else cut.history, picked)
+
+
+class Collator:
+    """Examples to `PersonalizedLM.forward` arguments. Half the batches use all K tokens, half a random prefix."""
+
+    def __init__(self, model: PersonalizedLM):
+        self.model = model
+
+    def __call__(self, examples: Sequence[Example]) -> dict:
+        model, most = self.model, self.model.encoder.config.tokens
+        count = most if torch.rand(()) < 0.5 else int(torch.randint(1, most + 1, ()))
+        questions = [q for e in examples for q in e.questions]
+        owner = [i for i, e in enumerate(examples) for _ in e.questions]
+        template = model.template
+        return {
+            "events": model.encoder.batch([e.history for e in examples]),
+            "instructions": [q.prompt for q in questions],
+            "owner": torch.tensor(owner, device=model.encoder.device),
+            "batch": model.collate(
+                [template.prompt(q.prompt, count) for q in questions],
+                [template.answer(q.prompt, q.answer) for q in questions],
+            ),
+        }

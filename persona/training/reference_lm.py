@@ -1,0 +1,232 @@
+"""A small Llama trained from scratch on a domain's own text: the LLM where no hub model can be downloaded.
+
+A training row is packed: one history, then as many question-and-answer blocks as fit. Blocks see the history and
+themselves but not each other (4D mask, restarted positions), so one history pays for a dozen answers. Loss falls on the
+answers, and lightly on the history's text. Nothing of validation or test users is read.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+
+from persona.history.render import render_event, render_history
+from persona.training.hardware import precision
+from persona.training.questions import Cut, Question, build_questions
+from persona.training.recipe import Domain, LMConfig
+
+SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ ' ' if m.role == 'assistant' else '' }}{{ m.content }}<|end|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WORDS = Regex(r" ?[\p{L}\p{M}'\-]+| ?\d+| ?[^\s\p{L}\p{M}\d]+|\s")
+"""What a token may span: a word with its hyphens and apostrophes, so that answers such as Sci-Fi become one token."""
+IGNORE = -100
+HISTORY_SHARE = 0.25
+"""Share of a history's own tokens that take loss; the LM head is a quarter of so small a model."""
+
+
+def build_reference_lm(domain: Domain, out: str | Path, *, steps: int | None = None, report_to: str = "none") -> Path:
+    """Trains tokenizer and model by `domain.recipe.lm` and saves them to `out` as a Hugging Face checkpoint."""
+    config = domain.recipe.lm
+    set_seed(config.seed)
+    tokenizer = train_tokenizer(domain, config)
+    model = LlamaForCausalLM(_llama_config(config, tokenizer))
+    steps = steps or config.steps
+    rows = PackedRows(domain, tokenizer, size=steps * config.rows_per_step)
+    trainer = PackedTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(Path(out) / "checkpoints"),
+            max_steps=steps,
+            per_device_train_batch_size=config.rows_per_step,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs={"num_decay_steps": round(0.7 * steps), "decay_type": "linear"},
+            warmup_steps=min(100, steps // 10),
+            weight_decay=0.05,
+            adam_beta2=0.98,
+            max_grad_norm=1.0,
+            **precision(),
+            save_strategy="no",
+            logging_steps=50,
+            report_to=report_to,
+            seed=config.seed,
+            remove_unused_columns=False,
+            dataloader_num_workers=0,
+        ),
+        train_dataset=rows,
+        data_collator=collate_rows,
+    )
+    trainer.history_weight = config.history_weight
+    trainer.train()
+    model.eval().to(torch.float32).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return Path(out)
+
+
+def train_tokenizer(domain: Domain, config: LMConfig) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on the lines of the training users' events and on questions with answers."""
+    rng = np.random.default_rng(config.seed)
+    sources = domain.recipe.sources
+    lines = [render_event(e, sources[e.source]) for u in domain.train for e in domain.histories[u].events]
+    for _ in range(1000):
+        for q in build_questions(
+            domain.training_cut(rng), domain.recipe.questions, domain.catalogue, rng, training=True
+        ):
+            lines.append(f"{q.prompt} {q.answer}")
+    for answers in domain.catalogue.answers.values():
+        lines += [f" {a}" for a in answers] * 1000
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    special = [END, SYSTEM, USER, ASSISTANT]
+    bpe.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END,
+        pad_token=END,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=4096,
+    )
+
+
+def _llama_config(config: LMConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.hidden_size // config.head_dim,
+        head_dim=config.head_dim,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+class PackedRows(Dataset):
+    """Row `i` is drawn from its own seed, so a run can be repeated and resumed; there are `size` of them."""
+
+    def __init__(self, domain: Domain, tokenizer: PreTrainedTokenizerFast, size: int):
+        self.domain, self.tokenizer, self.size = domain, tokenizer, size
+        self.config = domain.recipe.lm
+        self._ids: dict[str, list[int]] = {}
+
+    def __len__(self) -> int:
+        return self.size
+
+    @cached_property
+    def _open(self) -> list[int]:
+        return [self.tokenizer.convert_tokens_to_ids(USER)]
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._ids.get(text)
+        if ids is None:
+            ids = self._ids[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One row of length `context`: `input_ids`, `positions`, `segments`, `parents`, `labels`, `history_labels`."""
+        rng = np.random.default_rng([self.config.seed, index])
+        size = self.config.context
+        row = {name: np.zeros(size, np.int64) for name in ("input_ids", "positions")}
+        row |= {name: np.full(size, IGNORE) for name in ("labels", "history_labels", "segments", "parents")}
+        used, segment = 0, 0
+        while True:
+            plain = rng.random() < self.config.plain_share
+            cut = self.domain.training_cut(rng)
+            prefix = [] if plain else self._prefix(cut)
+            blocks = [self._block(q, plain) for q in self._questions(cut, rng)]
+            if not blocks or used + len(prefix) + len(blocks[0][0]) > size:
+                if used:
+                    return row
+                continue
+            here = slice(used, used + len(prefix))
+            row["input_ids"][here], row["positions"][here] = prefix, range(len(prefix))
+            row["segments"][here] = row["parents"][here] = home = segment
+            scored = np.flatnonzero(rng.random(len(prefix)) < HISTORY_SHARE)
+            scored = scored[scored > 0]
+            row["history_labels"][used + scored] = np.array(prefix, np.int64)[scored]
+            used, segment = used + len(prefix), segment + 1
+            for ids, start in blocks:
+                if used + len(ids) > size:
+                    return row
+                here = slice(used, used + len(ids))
+                row["input_ids"][here] = ids
+                row["positions"][here] = range(len(prefix), len(prefix) + len(ids))
+                row["segments"][here], row["parents"][here] = segment, home
+                row["labels"][used + start : here.stop] = ids[start:]
+                used, segment = here.stop, segment + 1
+
+    def _prefix(self, cut: Cut) -> list[int]:
+        """Token ids of the user's turn up to the end of the history."""
+        ids: list[int] = []
+        for line in render_history(cut.history, self.domain.recipe.sources).split("\n"):
+            ids += (self._encode("\n") if ids else self._open) + self._encode(line)
+        return ids
+
+    def _questions(self, cut: Cut, rng: np.random.Generator) -> list[Question]:
+        """Two rounds of questions, none twice, in random order."""
+        recipe = self.domain.recipe
+        rounds = [build_questions(cut, recipe.questions, self.domain.catalogue, rng, training=True) for _ in range(2)]
+        unique = list({q.prompt: q for q in rounds[0] + rounds[1]}.values())
+        return [unique[i] for i in rng.permutation(len(unique))]
+
+    def _block(self, question: Question, plain: bool) -> tuple[list[int], int]:
+        """Token ids of one question with its answer, and where the answer starts."""
+        ids = (self._open if plain else self._encode("\n")) + self._encode(question.prompt)
+        ids = [*ids, self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(ASSISTANT)]
+        return [*ids, *self._encode(f" {question.answer}"), self.tokenizer.eos_token_id], len(ids)
+
+
+def collate_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Stacks rows and adds the block mask `[B, 1, L, L]`: causal, within a segment and to its history."""
+    batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    segments, parents = batch.pop("segments"), batch.pop("parents")
+    same = segments[:, :, None] == segments[:, None, :]
+    history = parents[:, :, None] == segments[:, None, :]
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
+    batch["attention_mask"] = ((same | history) & causal)[:, None]
+    return batch
+
+
+class PackedTrainer(Trainer):
+    """Answer loss + `history_weight` x history loss; the LM head runs only where a label stands."""
+
+    history_weight = 0.2
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        hidden = model.model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["positions"],
+        ).last_hidden_state
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for labels, weight in ((inputs["labels"], 1.0), (inputs["history_labels"], self.history_weight)):
+            labels = labels[:, 1:]
+            at = labels != IGNORE
+            if at.any():
+                loss = loss + weight * F.cross_entropy(model.lm_head(hidden[:, :-1][at]).float(), labels[at])
+        return (loss, {}) if return_outputs else loss

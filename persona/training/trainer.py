@@ -1,0 +1,134 @@
+"""`PersonaTrainer`: transformers' Trainer for a `PersonalizedLM`; only the adapter is trained, saved and resumed."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from persona.encoders import TextEncoder, UserEncoder, Vocabulary
+from persona.encoders.hub import load_weights
+from persona.injection import PersonalizedLM, load_llm
+from persona.training.data import Collator, Examples
+from persona.training.hardware import precision
+from persona.training.objectives import next_item_loss
+from persona.training.recipe import Domain, TrainingConfig
+
+
+class PersonaTrainer(Trainer):
+    """Answer loss, plus `next_item_weight` x next-item loss on the states of the same batch."""
+
+    def __init__(self, *args, next_item_weight: float = 0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.next_item_weight = next_item_weight
+        encoder = self.model.encoder
+        self._texts = encoder.text_encoder.vectors(encoder.vocabulary.item_texts).to(encoder.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**inputs)
+        loss = out["loss"]
+        if self.next_item_weight:
+            encoder = self.accelerator.unwrap_model(model).encoder
+            loss = loss + self.next_item_weight * next_item_loss(encoder, out["states"], inputs["events"], self._texts)
+        return (loss, out) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs):
+        return inputs  # the collator has put everything where the model is
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model, folder = model or self.model, Path(resume_from_checkpoint)
+        load_weights(model.encoder, folder / "encoder" / "model.safetensors")
+        load_weights(model.projector, folder / "projector.safetensors")
+        if model.adapter.lora:
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(model.llm, load_peft_weights(str(folder / "lora")))
+
+
+def train_adapter(
+    domain: Domain,
+    llm: str | Path,
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    without_history: bool = False,
+    resume: bool = False,
+    report_to: str = "none",
+    text_encoder: TextEncoder | None = None,
+) -> PersonalizedLM:
+    """Trains encoder and projector for `domain` on a frozen LLM and saves the adapter to `out`.
+
+    `resume` continues from the newest checkpoint in `out`, if there is one. Checkpoints are written four times a run.
+    """
+    recipe = domain.recipe
+    config = recipe.training
+    set_seed(config.seed)
+    model = new_model(domain, llm, text_encoder)
+    if config.lora_rank:
+        model.add_lora(config.lora_rank)
+    steps = steps or config.steps
+    trainer = PersonaTrainer(
+        model=model,
+        args=training_arguments(config, out, steps, report_to),
+        train_dataset=Examples(domain, steps * config.histories_per_step, without_history=without_history),
+        data_collator=Collator(model),
+        next_item_weight=0.0 if without_history else config.next_item_weight,
+    )
+    checkpoint = get_last_checkpoint(str(out)) if resume and Path(out).is_dir() else None
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    model.save_pretrained(out)
+    record = {
+        "steps": steps,
+        "seconds": round(time.perf_counter() - start),
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seed": config.seed,
+        "without_history": without_history,
+    }
+    (Path(out) / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    return model.eval()
+
+
+def new_model(domain: Domain, llm: str | Path, text_encoder: TextEncoder | None = None) -> PersonalizedLM:
+    """An untrained adapter on a frozen LLM, its vocabulary fitted on the training users."""
+    base, tokenizer = load_llm(llm)
+    recipe = domain.recipe
+    vocabulary = Vocabulary.fit((domain.histories[u] for u in domain.train), recipe.sources)
+    encoder = UserEncoder(recipe.encoder, vocabulary, text_encoder)
+    model = PersonalizedLM(base, tokenizer, encoder, base_model=str(llm), domain=recipe.name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device)
+
+
+def training_arguments(config: TrainingConfig, out: str | Path, steps: int, report_to: str) -> TrainingArguments:
+    """The recipe's training settings as transformers' `TrainingArguments`."""
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=config.histories_per_step,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(config.warmup_steps, steps // 5),
+        weight_decay=config.weight_decay,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        **precision(),
+        save_steps=max(1, steps // 4),
+        save_total_limit=1,
+        logging_steps=max(1, min(50, steps // 10)),
+        report_to=report_to,
+        seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+    )
