@@ -30,7 +30,7 @@ lint: .venv/ready
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet uv
-	.venv-lock/bin/uv pip compile requirements/cpu.in --override requirements/overrides.txt \
+	.venv-lock/bin/uv pip compile --quiet requirements/cpu.in --override requirements/overrides.txt \
 		--python-version 3.11 --no-annotate --custom-compile-command "make lock" --output-file $(LOCK)
 
 # Rebuilds the committed demo LM, adapter and control from nothing (about 25 minutes on two cores).

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from persona.serving import Answer, Persona
     from persona.store import EventStore
 
+__version__ = "0.1.0"
 __all__ = ["Answer", "Event", "EventStore", "History", "Persona", "PersonalizedLM", "UserEncoder", "UserTokens"]
 
 _HOME = {

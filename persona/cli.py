@@ -101,6 +101,7 @@ def bench_table(
     from persona.evaluation.runner import run_table
     from persona.injection import PersonalizedLM
 
+    _quiet()
     if part not in ("test", "validation"):
         raise PersonaError(f"--part is test or validation, not {part}")
     domain = _domain(recipe, data, False)
@@ -135,6 +136,7 @@ def demo(
     engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
 ) -> None:
     """Three users of a generated shop, the same questions for each and for nobody, answered by vLLM; then a table."""
+    _quiet()
     from persona.demo.run import run_demo
 
     run_demo(adapter, question=question, engine=engine, say=_say)
@@ -146,6 +148,19 @@ def _domain(recipe: Path, data: Path, strict: bool):
     domain = Domain(load_recipe(recipe), data, strict=strict)
     _say(str(domain.report))
     return domain
+
+
+def _quiet() -> None:
+    """Keeps libraries' loading bars and notes out of what people came to read; errors still show."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
 def _say(text: str) -> None:

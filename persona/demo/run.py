@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from persona.demo.shop import generate_shop
-from persona.evaluation.report import markdown_table
+from persona.evaluation.report import terminal_table
 from persona.evaluation.runner import run_table
 from persona.history.render import render_history
 from persona.injection import PersonalizedLM
@@ -22,7 +22,6 @@ FRESH_SHOP = {"users": 400, "seed": 1}
 def run_demo(adapter: Path, *, question: str, engine: str, say: Callable[[str], None]) -> None:
     """Prints three histories, everybody's answers side by side, and the small table. Writes to a temporary folder."""
     recipe = load_recipe(adapter / "recipe.yaml")
-    questions = [question] if question else [s.prompt for s in recipe.questions.values() if "{item}" not in s.prompt]
     with tempfile.TemporaryDirectory() as folder:
         say("1/4 drawing a shop that nobody was trained on: purchases, visits, pages, apps, searches, profiles")
         generate_shop(folder, **FRESH_SHOP)
@@ -40,12 +39,24 @@ def run_demo(adapter: Path, *, question: str, engine: str, say: Callable[[str], 
             print(f"\n{user}: {len(history)} events, the profile and the newest eight of them")
             print("\n".join(f"    {line}" for line in newest.split("\n")))
         say("\n3/4 the same questions for each of them and for nobody")
-        _side_by_side(persona, users, questions)
+        _side_by_side(persona, users, [question] if question else _questions(domain))
         store.close()
         say(f"\n4/4 the same, measured on {len(domain.test)} users, with the controls")
-        control = PersonalizedLM.from_pretrained(adapter / "control")
-        result = run_table(domain, persona.model, control, cost=False, progress=lambda line: say(f"    {line}"))
-        print(f"\n{markdown_table({**result, 'command': 'persona demo'})}")
+        model, control = (PersonalizedLM.from_pretrained(adapter / name) for name in ("weights", "control"))
+        result = run_table(domain, model, control, cost=False, progress=lambda line: say(f"    {line}"))
+        print(f"\n{terminal_table(result)}")
+
+
+def _questions(domain: Domain) -> list[str]:
+    """One question of each kind; where it needs an item, the two most popular ones."""
+    questions = []
+    for spec in domain.recipe.questions.values():
+        items = domain.catalogue.items.get(spec.source, {}).values()
+        popular = sorted(items, key=lambda item: (-item.count, item.item_id))[:2]
+        questions += (
+            [spec.prompt.format(item=item.text) for item in popular] if "{item}" in spec.prompt else [spec.prompt]
+        )
+    return questions
 
 
 def _side_by_side(persona: Persona, users: list[str], questions: list[str]) -> None:

@@ -33,7 +33,7 @@ class EncoderConfig:
     """Dropout in training."""
 
     def __post_init__(self):
-        for name in ("width", "heads", "resampler_layers", "tokens", "max_events"):
+        for name in ("width", "heads", "layers", "resampler_layers", "tokens", "max_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.width % self.heads or (self.width // self.heads) % 2:

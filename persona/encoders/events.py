@@ -68,5 +68,10 @@ class EventEncoder(nn.Module):
         return self.dropout(self.norm(vectors))
 
     def catalogue(self, item_vectors: torch.Tensor) -> torch.Tensor:
-        """Targets of the next-item objective: `[items, text_dim]` text vectors -> `[items, d]`, id and text."""
-        return self.text(item_vectors) + self.item.weight[1:]
+        """Targets of the next-item objective: `[items, text_dim]` text vectors -> `[items, d]`.
+
+        By text alone, ids stay on the input side: what is learned from who took what then lies in the space in which
+        an instruction names an item, and a new item is a target like any other. Items without text go by their id.
+        """
+        named = item_vectors.abs().sum(-1, keepdim=True) > 0
+        return torch.where(named, self.text(item_vectors), self.item.weight[1:])

@@ -50,7 +50,10 @@ class HubMixin:
         folder = resolve(name_or_path)
         config = read_config(EncoderConfig, folder / "config.json")
         vocabulary = read_config(Vocabulary, folder / "vocabulary.json")
-        model = cls(config, vocabulary, text_encoder)
+        try:
+            model = cls(config, vocabulary, text_encoder)
+        except RecipeError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
         load_weights(model, folder / "model.safetensors")
         return model.eval()
 

@@ -21,7 +21,6 @@ class Resampler(nn.Module):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(tokens, width) * 0.3)
         self.instruction = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
-        self.pooled = nn.Parameter(torch.randn(width) * 0.3)
         self.age = nn.Embedding(AGES, width)
         self.layers = nn.ModuleList(ResamplerLayer(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
@@ -32,11 +31,16 @@ class Resampler(nn.Module):
         mask: torch.Tensor,
         instruction: torch.Tensor,
         instruction_mask: torch.Tensor,
+        topic: torch.Tensor,
     ) -> torch.Tensor:
-        """`mask` `[B, N]` and `instruction_mask` `[B, T]` are True at real positions; every row needs one state."""
+        """`mask` `[B, N]` and `instruction_mask` `[B, T]` are True at real positions; every row needs one state.
+
+        `topic` `[B, d]` is the instruction as the event encoder would see it as a text: in the space of the events,
+        so that an item that the instruction names is found in the history.
+        """
         states = states + self.age(ages(mask))
         latents = self.instruction(instruction)
-        latents = torch.cat([latents[:, :1] + self.pooled, latents[:, 1:]], dim=1)
+        latents = torch.cat([latents[:, :1] + topic[:, None], latents[:, 1:]], dim=1)
         count = len(self.queries)
         latents = torch.cat([self.queries.expand(len(states), -1, -1), latents], dim=1)  # [B, K + T, d]
         seen = torch.cat([instruction_mask.new_ones(len(states), count), instruction_mask], dim=1)

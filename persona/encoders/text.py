@@ -72,7 +72,7 @@ class TextEncoder:
     def _encode_states(self, texts: list[str]) -> list[torch.Tensor]:
         made = self.model.encode(texts, output_value="token_embeddings", convert_to_tensor=True, batch_size=64)
         tokens = [t.float().cpu() for t in made]
-        return [normalize(torch.cat([normalize(t.mean(0), dim=-1)[None], t]), dim=-1) for t in tokens]
+        return [normalize(torch.cat([t.mean(0, keepdim=True), t]), dim=-1) for t in tokens]
 
     def _cached(self, cache: OrderedDict, texts: Sequence[str], encode: Callable) -> dict[str, torch.Tensor]:
         """What `encode` makes of each distinct text, from the cache where it is known."""

@@ -49,8 +49,6 @@ class UserState:
     """The backbone's cache."""
     events: int = 0
     """Timed events read, those of unknown sources too, though they make no row."""
-    untimed: int = 0
-    """Events without a time."""
     last_timestamp: float | None = None
     """Seconds; time of the newest event read."""
     row_timestamp: float | None = None
@@ -98,7 +96,7 @@ class UserEncoder(HubMixin, nn.Module):
         padded = nn.utils.rnn.pad_sequence(words, batch_first=True).to(states)
         sizes = torch.tensor([len(w) for w in words], device=states.device)
         seen = torch.arange(padded.shape[1], device=states.device)[None] < sizes[:, None]
-        return self.resampler(states, mask, padded, seen)
+        return self.resampler(states, mask, padded, seen, self.events.text(padded[:, 0]))
 
     def batch(self, histories: Sequence[History]) -> EventBatch:
         """Histories as the model's input, each cut to its newest `max_events`."""
@@ -124,7 +122,6 @@ class UserEncoder(HubMixin, nn.Module):
                         states[i, :size].clone(),
                         [layer[:, i : i + 1, :, :size].clone() for layer in cache],
                         events=len(timed),
-                        untimed=len(read) - len(timed),
                         last_timestamp=timed[-1].timestamp if timed else None,
                         row_timestamp=self._row_timestamp(timed),
                         truncated=truncated,
@@ -170,7 +167,7 @@ class UserEncoder(HubMixin, nn.Module):
         """User tokens for each (state, instruction) pair; `count` keeps the first so many of the K tokens."""
         if not states:
             return []
-        count = count or self.config.tokens
+        count = self.config.tokens if count is None else count
         if not 1 <= count <= self.config.tokens:
             raise EventError(f"this encoder makes 1 to {self.config.tokens} tokens, not {count}")
         padded = nn.utils.rnn.pad_sequence([s.states for s in states], batch_first=True)

@@ -77,6 +77,7 @@ class Vocabulary:
 
 
 def _scale(values: list[float]) -> tuple[float, float]:
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((v - mean) ** 2 for v in values) / len(values)
-    return mean, max(math.sqrt(variance), 1e-6)
+    largest = max(map(abs, values)) or 1.0  # so that squares of huge numbers stay finite
+    mean = math.fsum(v / largest for v in values) / len(values)
+    variance = math.fsum((v / largest - mean) ** 2 for v in values) / len(values)
+    return mean * largest, max(math.sqrt(variance) * largest, 1e-6)

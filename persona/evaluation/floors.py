@@ -30,10 +30,12 @@ class Floors:
             counts.update(q.answer for q in build_questions(cut, spec, self.domain.catalogue, rng, training=False))
         return counts.most_common(1)[0][0]
 
-    def majority(self, question: Question) -> dict[str, float] | None:
-        """Score 1 for the commonest answer; None for questions that choose an item."""
-        answer = self._majority.get(question.task)
-        return None if answer is None else {answer: 1.0}
+    def majority(self, question: Question) -> dict[str, float]:
+        """Score 1 for the commonest answer; for questions that choose an item, odds of yes by popularity."""
+        spec = self.specs[question.task]
+        if spec.kind == "next_item":
+            return {YES: float(self.domain.catalogue.items[spec.source][question.item_id].count), NO: 0.0}
+        return {self._majority[question.task]: 1.0}
 
     def bias(self, question: Question, cut: Cut, item_id: str | None) -> dict[str, float] | None:
         """Scores of the number answers by closeness to user + item bias; None for other questions."""
@@ -69,7 +71,7 @@ class ItemBias:
             for e in cut.history.events
             if e.source == self.source and e.value is not None
         ]
-        return self.mean + self.item.get(item_id, 0.0) + sum(own) / (len(own) + self.shrink)
+        return self.mean + self.item.get(item_id, 0.0) + sum(own) / max(len(own) + self.shrink, 1)
 
 
 class ItemCosine:

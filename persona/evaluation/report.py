@@ -11,7 +11,7 @@ from persona.errors import DataError
 
 NAMES = {
     "chance": "chance",
-    "majority": "majority answer (no LM)",
+    "majority": "majority answer, most popular item (no LM)",
     "user_item_bias": "user + item bias (no LM)",
     "item_cosine": "item cosine (no LM)",
     "no_history": "no history",
@@ -58,6 +58,21 @@ def markdown_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def terminal_table(result: dict) -> str:
+    """The table for a terminal: accuracies, and the interval of the mean alone."""
+    tasks = list(result["n"]["answers"])
+    names = {name: label(name).strip("*") for name in result["results"]}
+    width = max(map(len, names.values())) + 2
+    lines = [f"{'':{width}}{'tokens':>7}" + "".join(f"{t:>{len(t) + 2}}" for t in tasks) + f"{'mean':>23}"]
+    for name, row in result["results"].items():
+        tokens = f"{row['tokens']['prompt']:.0f}" if "tokens" in row else ""
+        cells = "".join(f"{_cell(row.get(t))[:5]:>{len(t) + 2}}" for t in tasks)
+        lines.append(f"{names[name]:{width}}{tokens:>7}{cells}{_cell(row.get('mean')):>23}")
+    n = result["n"]
+    lines.append(f"accuracy, mean over {n['users']} users with bootstrap 95% interval; {n['cuts']} cuts")
+    return "\n".join(lines)
+
+
 def paired_table(result: dict) -> str:
     """Ours minus each comparison, user by user."""
     tasks = list(result["n"]["answers"])
@@ -67,6 +82,25 @@ def paired_table(result: dict) -> str:
         cells = " | ".join(_cell(row.get(t), signed=True) for t in [*tasks, "mean"])
         lines.append(f"| {label(ours)} minus {label(other)} | {cells} |")
     return "\n".join(lines)
+
+
+def cost_line(result: dict) -> str:
+    """What encoding and training cost, in one sentence each; empty when the result does not say."""
+    sentences = []
+    if cost := result.get("cost"):
+        sentences.append(
+            f"Encoding on {cost['device']} with {cost['threads']} threads: {cost['users_per_second']:,.0f} users or "
+            f"{cost['events_per_second']:,.0f} events a second with known texts "
+            f"({cost['events_per_second_cold']:,.0f} events a second when every text is new); adding one event to a "
+            f"cached user takes {cost['add_event_ms_known_text']:.1f} ms "
+            f"({cost['add_event_ms_new_text']:.1f} ms with a new text)."
+        )
+    if training := result.get("training"):
+        sentences.append(
+            f"Training the adapter ({training['trained_parameters']:,} parameters): {training['steps']} steps in "
+            f"{training['seconds'] / 60:.0f} minutes, at most {training['peak_rss_mib']:,} MiB of memory."
+        )
+    return " ".join(sentences)
 
 
 def label(name: str) -> str:
@@ -95,7 +129,9 @@ def update_readme(readme: str | Path, results: Sequence[str | Path]) -> list[str
         parts = text.split(marker)
         if len(parts) != 3:
             raise DataError(f"{path} needs two lines {marker} around the place of the table, not {len(parts) - 1}")
-        body = f"\n{markdown_table(result)}\n\n{paired_table(result)}\n"
+        body = (
+            "\n" + "\n\n".join(filter(None, (markdown_table(result), paired_table(result), cost_line(result)))) + "\n"
+        )
         text = marker.join([parts[0], body, parts[2]])
         done.append(name)
     path.write_text(text, encoding="utf-8")

@@ -105,7 +105,7 @@ def _share(choices: Sequence[tuple[float, bool]]) -> float:
 
 
 def _floor_values(domain: Domain, sample: Sample, tasks: Sequence[str]) -> dict[str, np.ndarray]:
-    """Rows without an LM; a floor that a task does not have is NaN there."""
+    """Rows without an LM; NaN where a floor does not apply to a task."""
     floors, values = Floors(domain), {}
     for name, score in {
         "chance": lambda q, cut: dict.fromkeys(q.options, 0.0),
@@ -116,7 +116,8 @@ def _floor_values(domain: Domain, sample: Sample, tasks: Sequence[str]) -> dict[
         scored = [(a, score(a.question, sample.cuts[a.cut])) for a in sample.asked]
         part = [(a, {o: s.get(o, -np.inf) for o in a.question.options}) for a, s in scored if s is not None]
         some = Sample(sample.users, sample.cuts, [a for a, _ in part], sample.stranger)
-        values[name] = user_accuracy(some, [s for _, s in part], tasks)
+        if part:
+            values[name] = user_accuracy(some, [s for _, s in part], tasks)
     return values
 
 

@@ -50,7 +50,8 @@ def _events(spec: ReaderSpec, table: Table, joins: _Joins, report: ReadReport) -
         name: ColumnSpec(column) if isinstance(column, str) else column for name, column in spec.attributes.items()
     }
     named = [spec.user, spec.timestamp, spec.item_id, spec.value, spec.event_id]
-    named += [column.column for column in attributes.values()] + (template.columns if template else [])
+    named += [column.column for column in attributes.values()]
+    named += [name for name in (template.columns if template else []) if name not in attributes]
     joiners = joins.of(spec, table, {name for name in named if name is not None})
     for row in table.rows:
         report.rows += 1
@@ -76,14 +77,15 @@ def _event(
     timestamp = None
     if spec.timestamp is not None:
         timestamp = _read(spec.timestamp, read_time, cells.get(spec.timestamp), spec.time_format)
+    values = {name: _attribute(column, cells) for name, column in attributes.items()}
     try:
         return check_user(user), Event(
             source=spec.source,
             timestamp=timestamp,
-            text=_read("text", template.fill, cells) if template else None,
+            text=_read("text", template.fill, {**values, **cells}) if template else None,
             item_id=_optional(spec.item_id, read_id, cells),
             value=_optional(spec.value, read_number, cells),
-            attributes={name: _attribute(column, cells) for name, column in attributes.items()},
+            attributes=values,
             event_id=_optional(spec.event_id, read_id, cells),
         )
     except EventError as error:

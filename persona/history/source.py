@@ -81,7 +81,7 @@ class ReaderSpec:
     event_id: str | None = None
     """Column of the event's own id."""
     text: str | None = None
-    """Template over the raw and joined columns, such as "{title} ({year})"."""
+    """Template over raw and joined columns and over `attributes`, such as "{title} ({year})"; a column goes first."""
     attributes: dict[str, str | ColumnSpec] = field(default_factory=dict)
     """Attribute name to raw column, or to a `ColumnSpec`."""
     join: list[JoinSpec] = field(default_factory=list)

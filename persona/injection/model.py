@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from persona.encoders import UserEncoder, UserState
 from persona.encoders.features import EventBatch
@@ -63,15 +63,27 @@ class SoftPromptBatch:
 
 
 class PersonalizedLM(nn.Module):
-    """User encoder + projector + frozen LLM, with an optional LoRA."""
+    """User encoder + projector + frozen LLM, with an optional LoRA.
 
-    def __init__(self, llm: nn.Module, tokenizer, encoder: UserEncoder, *, base_model: str = "", domain: str = ""):
+    `row_norm`, the scale of the soft rows, is measured on the LLM unless it is given.
+    """
+
+    def __init__(
+        self,
+        llm: nn.Module,
+        tokenizer,
+        encoder: UserEncoder,
+        *,
+        base_model: str = "",
+        domain: str = "",
+        row_norm: float | None = None,
+    ):
         super().__init__()
         self.llm = llm.requires_grad_(False)
         self.encoder = encoder
         self.template = PromptTemplate(tokenizer)
         width = llm.get_input_embeddings().weight.shape[1]
-        self.projector = Projector(encoder.config.width, width, mean_row_norm(llm))
+        self.projector = Projector(encoder.config.width, width, mean_row_norm(llm) if row_norm is None else row_norm)
         name = base_model or getattr(llm.config, "_name_or_path", "")
         self.adapter = AdapterConfig(name, width, encoder.config.width, encoder.config.tokens, domain=domain)
 
@@ -128,13 +140,14 @@ class PersonalizedLM(nn.Module):
         each soft position of the batch in order.
         """
         embeds = self.llm.get_input_embeddings()(batch.input_ids)
-        if rows is None:
-            return embeds
         counts = batch.soft.sum(1).tolist()
-        if rows.dim() == 3:
+        if rows is not None and rows.dim() == 3:
             rows = torch.cat([r[:count] for r, count in zip(rows, counts)])
-        if len(rows) != sum(counts):
-            raise PersonaError(f"the prompts have room for {sum(counts)} soft rows, but there are {len(rows)}")
+        found = 0 if rows is None else len(rows)
+        if found != sum(counts):
+            raise PersonaError(f"the prompts have room for {sum(counts)} soft rows, but there are {found}")
+        if not found:
+            return embeds
         return embeds.masked_scatter(batch.soft[..., None], rows.to(embeds.dtype))
 
     def collate(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]] | None = None) -> SoftPromptBatch:
@@ -207,7 +220,8 @@ class PersonalizedLM(nn.Module):
             attention_mask=batch.attention_mask,
             **{"do_sample": False, "max_new_tokens": 32, **kwargs},
         )
-        return [text.strip() for text in self.template.tokenizer.batch_decode(out, skip_special_tokens=True)]
+        texts = self.template.tokenizer.batch_decode(out, skip_special_tokens=True)
+        return [text.rstrip("\ufffd").strip() for text in texts]  # half a character at the end, which vLLM drops too
 
     # --- files --------------------------------------------------------------------------------------------------
 
@@ -228,27 +242,34 @@ class PersonalizedLM(nn.Module):
         return folder
 
     @classmethod
-    def from_pretrained(cls, adapter: str | Path, llm: str | Path | None = None, **kwargs) -> PersonalizedLM:
+    def from_pretrained(
+        cls, adapter: str | Path, llm: str | Path | None = None, *, llm_weights: bool = True, **kwargs
+    ) -> PersonalizedLM:
         """Loads an adapter folder or hub name, and its LLM (`llm` overrides the recorded name).
 
-        Further arguments go to `AutoModelForCausalLM.from_pretrained`. Raises `CheckpointError` when a file is missing
-        or corrupt, or when the LLM's width is not the one the adapter was trained for.
+        Without `llm_weights` the LLM is an empty shell, for an engine that holds the weights itself: user tokens and
+        prompts are made as ever, but the model cannot answer. Further arguments go to
+        `AutoModelForCausalLM.from_pretrained`. Raises `CheckpointError` when a file is missing or corrupt, or when the
+        LLM's width is not the one the adapter was trained for.
         """
         folder = resolve(adapter)
         config = read_config(AdapterConfig, folder / "adapter_config.json")
         name = str(llm) if llm else base_model_path(folder, config)
-        base, tokenizer = load_llm(name, **kwargs)
+        base, tokenizer = load_llm(name, weights=llm_weights, **kwargs)
         width = base.get_input_embeddings().weight.shape[1]
         if width != config.llm_width:
             raise CheckpointError(
                 f"{folder} was trained for an LLM of width {config.llm_width} ({config.base_model}); "
                 f"{name} is {width} wide. Train an adapter for it with `persona train`"
             )
-        model = cls(base, tokenizer, UserEncoder.from_pretrained(folder / "encoder"), domain=config.domain)
+        encoder = UserEncoder.from_pretrained(folder / "encoder")
+        model = cls(base, tokenizer, encoder, domain=config.domain, row_norm=1.0)  # the true one is with the weights
         load_weights(model.projector, folder / "projector.safetensors")
-        if config.lora:
-            from peft import PeftModel
-
+        if config.lora and llm_weights:
+            try:
+                from peft import PeftModel
+            except ImportError as error:
+                raise MissingExtraError("this adapter has a LoRA: pip install 'persona[train]'") from error
             model.llm = PeftModel.from_pretrained(model.llm, folder / "lora")
         model.adapter = replace(config, base_model=name)
         return model.eval()
@@ -264,11 +285,18 @@ def base_model_path(adapter: Path, config: AdapterConfig) -> str:
     return str(beside.resolve()) if config.base_model and beside.is_dir() else config.base_model
 
 
-def load_llm(name: str | Path, **kwargs):
-    """A causal LM and its tokenizer by name or path, in float32 unless told. Raises `CheckpointError`."""
+def load_llm(name: str | Path, *, weights: bool = True, **kwargs):
+    """A causal LM and its tokenizer by name or path, in float32 unless told. Raises `CheckpointError`.
+
+    Without `weights` the LLM's parameters have shapes but no storage (torch's meta device).
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        llm = AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **kwargs})
+        if weights:
+            llm = AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **kwargs})
+        else:
+            with torch.device("meta"):
+                llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the LLM {str(name)!r} cannot be loaded: {error}") from error
     return llm.eval(), tokenizer

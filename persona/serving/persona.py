@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from persona.encoders import UserState, UserTokens
 from persona.encoders.features import event_rows
@@ -32,6 +33,14 @@ class Answer:
     """True when only the newest events of a long history were read."""
 
 
+class _Known(NamedTuple):
+    """A cached state, and what of the store it was made from."""
+
+    revision: int
+    events: tuple[Event, ...]
+    state: UserState
+
+
 class Persona:
     """A store of events, an adapter, and an LLM that runs in Hugging Face or in vLLM.
 
@@ -49,7 +58,7 @@ class Persona:
     ):
         self.model, self.store, self.engine, self.tenant = model.eval(), store, engine, tenant
         self.cache_size = cache_size
-        self._states: OrderedDict[str, tuple[int, UserState]] = OrderedDict()
+        self._states: OrderedDict[str, _Known] = OrderedDict()
         self._lock = threading.RLock()
 
     @classmethod
@@ -70,11 +79,12 @@ class Persona:
         if engine not in ("transformers", "vllm"):
             raise ValueError(f'engine is "transformers" or "vllm", not {engine!r}')
         store = EventStore(store) if isinstance(store, str) else store
-        model = PersonalizedLM.from_pretrained(adapter, llm, **(kwargs if engine == "transformers" else {}))
-        if engine == "vllm" and model.adapter.lora:
+        if engine == "transformers":
+            return cls(PersonalizedLM.from_pretrained(adapter, llm, **kwargs), store, tenant=tenant)
+        model = PersonalizedLM.from_pretrained(adapter, llm, llm_weights=False)
+        if model.adapter.lora:
             raise PersonaError(f"{adapter} has a LoRA, which the vLLM engine does not load: use engine='transformers'")
-        running = VLLMEngine(model.llm.config._name_or_path, **kwargs) if engine == "vllm" else None
-        return cls(model, store, running, tenant=tenant)
+        return cls(model, store, VLLMEngine(model.adapter.base_model, **kwargs), tenant=tenant)
 
     def observe(self, user: str, events: Event | Iterable[Event]) -> int:
         """Stores events and returns how many were new. Runs no model."""
@@ -88,29 +98,29 @@ class Persona:
                 self._states.pop(user, None)
                 return None
             known = self._states.get(user)
-            if known and known[0] == revision:
+            if known and known.revision == revision:
                 self._states.move_to_end(user)
-                return known[1]
+                return known.state
             encoder = self.model.encoder
             history = self.store.history(user, last=encoder.config.max_events + 1, tenant=self.tenant)
-            state = self._extended(known[1], history) if known else None
+            state = self._extended(known, history) if known else None
             state = state or encoder.encode([history])[0]
-            self._states[user] = (revision, state)
+            self._states[user] = _Known(revision, history.events, state)
             self._states.move_to_end(user)
             while len(self._states) > self.cache_size:
                 self._states.popitem(last=False)
             return state
 
-    def _extended(self, state: UserState, history: History) -> UserState | None:
+    def _extended(self, known: _Known, history: History) -> UserState | None:
         """The old state continued by newer events, or None where only encoding again is right."""
-        timed, last = history.timed, state.last_timestamp
-        if state.untimed != len(history) - len(timed):
+        size, encoder = len(known.events), self.model.encoder
+        new = history.events[size:]
+        # The old events themselves are compared: one may have come late, or all been forgotten by another process.
+        if history.events[:size] != known.events or any(e.timestamp is None for e in new):
             return None
-        new = [e for e in timed if last is not None and e.timestamp > last]
-        fits = not state.truncated and state.events + len(new) <= self.model.encoder.config.max_events
-        if not new or not fits or state.events + len(new) != len(timed):
+        if known.state.truncated or len(history.timed) > encoder.config.max_events:
             return None
-        return self.model.encoder.extend(state, new)
+        return encoder.extend(known.state, new)
 
     def tokens(self, user: str, instruction: str, count: int | None = None) -> UserTokens | None:
         """User tokens `[K, d]` for an instruction; None for a user without events."""

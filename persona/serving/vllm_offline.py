@@ -19,12 +19,18 @@ class VLLMEngine:
     """A stock `vllm.LLM` that takes prompts with soft rows.
 
     `dtype` defaults to float32 on a CPU, where greedy answers equal Hugging Face's, and to vLLM's choice on a GPU.
-    Further arguments go to `vllm.LLM`. Raises `MissingExtraError` without vLLM and `PersonaError` for a version that was not tested.
+    Further arguments go to `vllm.LLM`. Raises `MissingExtraError` without vLLM and `PersonaError` for a version that
+    was not tested.
     """
 
     def __init__(self, model: str | Path, *, max_model_len: int = 2048, **kwargs):
         vllm = import_vllm()
-        options: dict = {"enable_prompt_embeds": True, "max_model_len": max_model_len, "disable_log_stats": True}
+        options: dict = {
+            "enable_prompt_embeds": True,
+            "max_model_len": max_model_len,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
         if not torch.cuda.is_available():
             options |= {
                 "dtype": "float32",
@@ -43,28 +49,36 @@ class VLLMEngine:
     ) -> list[str]:
         """Greedy completions of prompts whose soft positions hold `rows` `[S, llm_width]`, in order.
 
-        `kwargs` go to `vllm.SamplingParams`. Rows of another width, or that are not finite, or all zero are refused
-        here: the engine would hang, answer nonsense, or confuse two users (vLLM issue 56655).
+        `kwargs` go to `vllm.SamplingParams`; for what is refused see `inputs`.
         """
-        room = sum(p.count for p in prompts)
-        if room != (0 if rows is None else len(rows)):
-            found = 0 if rows is None else len(rows)
+        sampling = self._sampling(**{"temperature": 0.0, "max_tokens": max_new_tokens, **kwargs})
+        outputs = self.engine.generate(self.inputs(prompts, rows), sampling, use_tqdm=False)
+        return [out.outputs[0].text.strip() for out in outputs]
+
+    def inputs(self, prompts: Sequence[Prompt], rows: torch.Tensor | None) -> list[dict]:
+        """The prompts with their soft rows as `vllm.LLM.generate` takes them.
+
+        Raises `PersonaError` for rows of another number or width, or that are not finite, or all zero: the engine
+        would hang, answer nonsense, or confuse two users (vLLM issue 56655).
+        """
+        room, found = sum(p.count for p in prompts), 0 if rows is None else len(rows)
+        if room != found:
             raise PersonaError(f"the prompts have room for {room} soft rows, but there are {found}")
-        requests, used = [], 0
+        inputs, used = [], 0
         for prompt in prompts:
             if not prompt.count:
-                requests.append({"prompt_token_ids": prompt.ids})
+                inputs.append({"prompt_token_ids": prompt.ids})
                 continue
-            requests.append(self._request(prompt, rows[used : used + prompt.count]))
+            inputs.append(self._input(prompt, rows[used : used + prompt.count]))
             used += prompt.count
-        sampling = self._sampling(**{"temperature": 0.0, "max_tokens": max_new_tokens, **kwargs})
-        return [out.outputs[0].text.strip() for out in self.engine.generate(requests, sampling, use_tqdm=False)]
+        return inputs
 
-    def _request(self, prompt: Prompt, rows: torch.Tensor) -> dict:
+    def _input(self, prompt: Prompt, rows: torch.Tensor) -> dict:
+        rows = rows.to("cpu", self.engine.llm_engine.model_config.dtype)  # in which a small row may become zero
         check_rows(rows, self.width)
         is_token = prompt.is_token
-        embeds = torch.zeros(len(prompt.ids), self.width, dtype=self.engine.llm_engine.model_config.dtype)
-        embeds[prompt.start : prompt.start + prompt.count] = rows.to(embeds)
+        embeds = rows.new_zeros(len(prompt.ids), self.width)
+        embeds[prompt.start : prompt.start + prompt.count] = rows
         # The placeholder's id may lie beyond the LLM's vocabulary; at soft positions the id is never looked at.
         ids = [i if token else 0 for i, token in zip(prompt.ids, is_token)]
         return {"prompt_embeds": embeds, "prompt_token_ids": ids, "prompt_is_token_ids": is_token}

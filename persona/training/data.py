@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from persona.errors import DataError
 from persona.history import History
 from persona.injection.model import PersonalizedLM
 from persona.training.questions import Question, build_questions
 from persona.training.recipe import Domain
+
+PATIENCE = 1000
+"""Histories drawn in a row without a question before a recipe is called wrong."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Example:
     """What the encoder may see."""
     questions: tuple[Question, ...]
     """At least one."""
+    index: int = 0
+    """Its number in `Examples`."""
 
 
 class Examples(Dataset):
@@ -41,25 +47,32 @@ class Examples(Dataset):
     def __getitem__(self, index: int) -> Example:
         recipe = self.domain.recipe
         rng = np.random.default_rng([recipe.training.seed, 1, index])
-        while True:
+        for _ in range(PATIENCE):
             cut = self.domain.training_cut(rng)
             questions = build_questions(cut, recipe.questions, self.domain.catalogue, rng, training=True)
             if questions:
                 break
+        else:
+            raise DataError(f"none of {PATIENCE} training histories answers a question; check the recipe's questions")
         most = recipe.training.questions_per_history
         picked = tuple(questions[i] for i in rng.permutation(len(questions))[:most])
-        return Example(History(cut.history.user) if self.without_history else cut.history, picked)
+        return Example(History(cut.history.user) if self.without_history else cut.history, picked, index)
 
 
 class Collator:
-    """Examples to `PersonalizedLM.forward` arguments. Half the batches use all K tokens, half a random prefix."""
+    """Examples to `PersonalizedLM.forward` arguments. Half the batches use all K tokens, half a random prefix.
+
+    Which, the first example's index decides: batches are made ahead of the step that uses them, so with torch's
+    generator a resumed run would draw other prefixes, and other dropout, than one that was never stopped.
+    """
 
     def __init__(self, model: PersonalizedLM):
         self.model = model
 
     def __call__(self, examples: Sequence[Example]) -> dict:
         model, most = self.model, self.model.encoder.config.tokens
-        count = most if torch.rand(()) < 0.5 else int(torch.randint(1, most + 1, ()))
+        rng = np.random.default_rng([2, examples[0].index])
+        count = most if rng.random() < 0.5 else int(rng.integers(1, most + 1))
         questions = [q for e in examples for q in e.questions]
         owner = [i for i, e in enumerate(examples) for _ in e.questions]
         template = model.template

@@ -8,7 +8,7 @@ evaluation table. Understanding questions (`top_attribute`) are answered by the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,11 +90,11 @@ class Catalogue:
     """Items of each source and answers of each question, learned from training users alone.
 
     Items are sorted by popularity and cut into `bins` bins of about equal numbers of events; negatives come from the
-    bin of the true item. Bins are fixed: a window of ranks around the true item would make the true item the median of
-    the options, and "take the middle one" would win.
+    bin of the true item, each drawn in proportion to its events, as true items are. Bins are fixed: a window of ranks
+    around the true item would make the true item the median of the options, and "take the middle one" would win.
     """
 
-    def __init__(self, histories: Iterable[History], specs: Mapping[str, QuestionSpec], bins: int = 10):
+    def __init__(self, histories: Iterable[History], specs: Mapping[str, QuestionSpec], bins: int = 20):
         items: dict[str, dict[str, Item]] = {}
         answers: dict[str, Counter] = {name: Counter() for name in specs}
         for history in histories:
@@ -130,13 +130,18 @@ class Catalogue:
             self._bins[source] = [[i.item_id for i, b in zip(ranked, which) if b == n] for n in range(bins)]
             self._bin_of[source] = {i.item_id: int(b) for i, b in zip(ranked, which)}
 
-    def negatives(self, source: str, item_id: str, seen: set[str], count: int, rng: np.random.Generator) -> list[str]:
-        """`count` items of the bin of `item_id` that are not in `seen`; fewer when the bin runs out."""
+    def negatives(
+        self, source: str, item_id: str, seen: Set[tuple[str, str]], count: int, rng: np.random.Generator
+    ) -> list[str]:
+        """`count` items of the bin of `item_id`, none of them in `seen`; fewer when the bin runs out."""
         bin_number = self._bin_of.get(source, {}).get(item_id)
         if bin_number is None:
             return []
-        pool = [i for i in self._bins[source][bin_number] if i not in seen and i != item_id]
-        return [pool[i] for i in rng.permutation(len(pool))[:count]]
+        pool = [i for i in self._bins[source][bin_number] if (source, i) not in seen and i != item_id]
+        counts = np.array([self.items[source][i].count for i in pool], float)
+        if len(pool) < count:
+            return pool
+        return [pool[i] for i in rng.choice(len(pool), count, replace=False, p=counts / counts.sum())]
 
 
 def _answer_of(event: Event, spec: QuestionSpec) -> str | None:
@@ -158,19 +163,21 @@ class Cut:
     """Events strictly before the cut, at most the recipe's window."""
     future: tuple[Event, ...]
     """Events at or after the cut, oldest first."""
-    seen: frozenset[str]
-    """Ids of all items the user ever touched, before or after; never used as negatives."""
+    met: frozenset[tuple[str, str]]
+    """(source, item id) of all items the user touched before the cut, window or not; never asked about as next."""
+    seen: frozenset[tuple[str, str]]
+    """The same before or after the cut; never used as negatives."""
 
 
 def make_cut(history: History, at: int, window: int) -> Cut:
     """Cuts before timed event number `at`; events of the same time as that event all fall into the future."""
     timed = history.timed
     before = history.until(timed[at].timestamp)
-    return Cut(
-        before.last(window),
-        timed[len(before.timed) :],
-        frozenset(e.item_id for e in history.events if e.item_id is not None),
-    )
+    return Cut(before.last(window), timed[len(before.timed) :], _items(before), _items(history))
+
+
+def _items(history: History) -> frozenset[tuple[str, str]]:
+    return frozenset((e.source, e.item_id) for e in history.events if e.item_id is not None)
 
 
 def evaluation_cuts(history: History, window: int, count: int, min_events: int) -> list[Cut]:
@@ -202,8 +209,7 @@ def build_questions(
             questions += _top_attribute(name, spec, cut.history, catalogue)
             continue
         if spec.kind == "next_item":
-            met = {e.item_id for e in cut.history.events if e.source == spec.source}
-            future = [e for e in future if e.item_id is not None and e.item_id not in met]
+            future = [e for e in future if e.item_id is not None and (e.source, e.item_id) not in cut.met]
         if training:
             picked = [future[i] for i in rng.permutation(min(len(future), spec.horizon))[: spec.per_cut]]
         else:
@@ -228,7 +234,7 @@ def _top_attribute(name: str, spec: QuestionSpec, history: History, catalogue: C
 def _next_item(name, spec, picked: Sequence[Event], seen, catalogue: Catalogue, rng, count: int) -> list[Question]:
     questions = []
     for group, event in enumerate(picked):
-        others = catalogue.negatives(spec.source, event.item_id, set(seen), count, rng)
+        others = catalogue.negatives(spec.source, event.item_id, seen, count, rng)
         if len(others) < count:
             continue
         items = catalogue.items[spec.source]

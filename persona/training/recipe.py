@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,7 @@ class LMConfig:
     """Tokens of a training row: one history, then as many questions as fit."""
     rows_per_step: int = 3
     """Rows in a batch."""
-    steps: int = 1800
+    steps: int = 1600
     """Optimizer steps."""
     learning_rate: float = 2e-3
     """Peak rate of AdamW; flat to 30% of the steps, then linear to zero."""
@@ -142,7 +142,7 @@ def load_recipe(path: str | Path) -> Recipe:
 class Domain:
     """A recipe with its records read: histories, the split of users, and the catalogue of the training users.
 
-    Raises `DataError` when the records hold too few users to split.
+    Raises `DataError` when the records hold too few users to split, or no training user with a past and a future.
     """
 
     def __init__(self, recipe: Recipe, data: str | Path, *, strict: bool = False):
@@ -151,6 +151,8 @@ class Domain:
         self.histories: dict[str, History]
         self.histories, self.report = read_histories(recipe.readers, data, strict=strict)
         self.train, self.validation, self.test = split_users(sorted(self.histories), recipe.split)
+        if not any(len({e.timestamp for e in self.histories[u].timed}) > 1 for u in self.train):
+            raise DataError("no training user has events at two different times; there is nothing to learn from")
         self.catalogue = Catalogue((self.histories[u] for u in self.train), recipe.questions)
 
     def cuts(self, users: list[str]) -> list[tuple[str, Cut]]:
@@ -177,7 +179,7 @@ class Domain:
             drop = rng.random() * config.drop_events
             kept = kept.of(e for e in kept.events if e.timestamp is None or rng.random() >= drop)
             if kept.timed:
-                return Cut(kept, cut.future, cut.seen)
+                return replace(cut, history=kept)
 
 
 def split_users(users: list[str], config: SplitConfig) -> tuple[list[str], list[str], list[str]]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
+from persona.errors import RecipeError
 from persona.history.render import render_event, render_history
 from persona.training.hardware import precision
 from persona.training.questions import Cut, Question, build_questions
@@ -153,7 +154,7 @@ class PackedRows(Dataset):
         size = self.config.context
         row = {name: np.zeros(size, np.int64) for name in ("input_ids", "positions")}
         row |= {name: np.full(size, IGNORE) for name in ("labels", "history_labels", "segments", "parents")}
-        used, segment = 0, 0
+        used, segment, misses = 0, 0, 0
         while True:
             plain = rng.random() < self.config.plain_share
             cut = self.domain.training_cut(rng)
@@ -162,6 +163,9 @@ class PackedRows(Dataset):
             if not blocks or used + len(prefix) + len(blocks[0][0]) > size:
                 if used:
                     return row
+                misses += 1
+                if misses == 1000:
+                    raise RecipeError(f"lm.context: {size} tokens hold no history with a question; make it larger")
                 continue
             here = slice(used, used + len(prefix))
             row["input_ids"][here], row["positions"][here] = prefix, range(len(prefix))
@@ -188,11 +192,10 @@ class PackedRows(Dataset):
         return ids
 
     def _questions(self, cut: Cut, rng: np.random.Generator) -> list[Question]:
-        """Two rounds of questions, none twice, in random order."""
+        """One round of questions in random order."""
         recipe = self.domain.recipe
-        rounds = [build_questions(cut, recipe.questions, self.domain.catalogue, rng, training=True) for _ in range(2)]
-        unique = list({q.prompt: q for q in rounds[0] + rounds[1]}.values())
-        return [unique[i] for i in rng.permutation(len(unique))]
+        questions = build_questions(cut, recipe.questions, self.domain.catalogue, rng, training=True)
+        return [questions[i] for i in rng.permutation(len(questions))]
 
     def _block(self, question: Question, plain: bool) -> tuple[list[int], int]:
         """Token ids of one question with its answer, and where the answer starts."""

@@ -41,9 +41,7 @@ class PersonaTrainer(Trainer):
         return inputs  # the collator has put everything where the model is
 
     def _save(self, output_dir: str | None = None, state_dict=None):
-        folder = Path(output_dir or self.args.output_dir)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model, folder = model or self.model, Path(resume_from_checkpoint)

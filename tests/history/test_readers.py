@@ -5,6 +5,9 @@ import sys
 from datetime import UTC, date, datetime
 from pathlib import Path
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from persona.errors import DataError, MissingExtraError, RecipeError
@@ -51,10 +54,9 @@ def write_records(path, records):
         header = ["user:token", "item:token", "rating:float", "time:float", "title:token_seq"]
         write(path, lines("\t", records, header))
     elif name.endswith(".parquet"):
-        pyarrow = pytest.importorskip("pyarrow")
-        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(records), path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
     elif name == "folder":
-        pytest.importorskip("datasets").Dataset.from_list(records).save_to_disk(str(path))
+        datasets.Dataset.from_list(records).save_to_disk(str(path))
     else:
         write(path, lines("\t" if ".tsv" in name else ",", records))
 
@@ -101,7 +103,6 @@ def test_dates_in_parquet(tmp_path):
 
 
 def test_splits_of_a_dataset(tmp_path):
-    datasets = pytest.importorskip("datasets")
     splits = {name: datasets.Dataset.from_list([{"user": name}]) for name in ("train", "test")}
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "folder"))
     assert set(read(tmp_path, spec("folder", format="datasets"))[0]) == {"train", "test"}
@@ -111,7 +112,6 @@ def test_splits_of_a_dataset(tmp_path):
 
 
 def test_a_folder_that_is_no_dataset(tmp_path):
-    pytest.importorskip("datasets")
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match="folder: cannot be loaded"):
         read(tmp_path, spec("folder", format="datasets"))

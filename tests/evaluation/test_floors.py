@@ -1,0 +1,62 @@
+"""Floors on records small enough to compute by hand."""
+
+import json
+
+import pytest
+
+from persona.evaluation.floors import Floors, ItemBias, ItemCosine
+from persona.history import Event, History, ReaderSpec, SourceSpec
+from persona.training.questions import Cut, Question, QuestionSpec
+from persona.training.recipe import Domain, Recipe, SplitConfig
+
+
+@pytest.fixture
+def domain(tmp_path):
+    """Ten users; odd ones rate a and b, even ones c and d; a gets 5, all else 3."""
+    rows = []
+    for user in range(10):
+        for n, item in enumerate("ab" if user % 2 else "cd"):
+            rows.append({"u": user, "t": n, "i": item, "v": 5 if item == "a" else 3})
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = Recipe(
+        name="hand",
+        sources={"r": SourceSpec("item")},
+        readers=[ReaderSpec("r", "r.jsonl", user="u", timestamp="t", item_id="i", value="v", text="{i}")],
+        questions={
+            "next": QuestionSpec("next_item", "r", "{item}?"),
+            "stars": QuestionSpec("next_value", "r", "{item}?"),
+        },
+        split=SplitConfig(min_events=1),
+    )
+    return Domain(recipe, tmp_path)
+
+
+def cut(*items):
+    events = [Event("r", float(n), item_id=i, value=v) for n, (i, v) in enumerate(items)]
+    return Cut(History("u", tuple(events)), (), frozenset(), frozenset())
+
+
+def test_item_cosine_prefers_what_the_same_users_took(domain):
+    floor = ItemCosine(domain, "r")
+    assert floor.score(cut(("a", 5.0)), "b") == pytest.approx(1.0)
+    assert floor.score(cut(("a", 5.0)), "c") == 0.0
+    assert floor.score(cut(("a", 5.0)), "never seen") == 0.0
+    assert floor.score(cut(), "a") == 0.0
+
+
+def test_bias_adds_shrunk_item_and_user_means(domain):
+    floor = ItemBias(domain, "r", shrink=0.0)
+    assert floor.predict(cut(), "a") == pytest.approx(5.0)
+    assert floor.predict(cut(("b", 4.0)), "a") == pytest.approx(6.0)  # this user gives one more than others
+    assert floor.predict(cut(), "never seen") == pytest.approx(floor.mean)
+    assert abs(ItemBias(domain, "r", shrink=5.0).predict(cut(), "a") - floor.mean) < abs(5.0 - floor.mean)
+
+
+def test_floors_answer_only_what_they_can(domain):
+    floors = Floors(domain)
+    stars = Question("stars", "?", "5", ("3", "5"), "a")
+    following = Question("next", "?", "yes", ("yes", "no"), "a")
+    assert floors.cosine(stars, cut(), "a") is None and floors.bias(following, cut(), "a") is None
+    assert max(floors.bias(stars, cut(), "a"), key=floors.bias(stars, cut(), "a").get) in ("3", "5")
+    assert floors.majority(stars) == {"3": 1.0}
+    assert floors.majority(following)["yes"] == domain.catalogue.items["r"]["a"].count

@@ -1,0 +1,50 @@
+"""The console script as a user meets it: in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "adapters" / "demo" / "recipe.yaml"
+
+
+def persona(*args, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "persona.cli", *map(str, args)], capture_output=True, text=True, cwd=cwd
+    )
+
+
+def test_help_is_fast_to_import_and_names_the_verbs():
+    code = "import sys, persona.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    out = persona("--help").stdout
+    for verb in ("data", "lm", "train", "bench", "demo"):
+        assert verb in out
+
+
+def test_shop_and_check_say_what_they_did(tmp_path):
+    assert "20 users" in persona("data", "shop", "--out", tmp_path, "--users", "20").stderr
+    out = persona("data", "check", DEMO, "--data", tmp_path)
+    assert out.returncode == 0 and "16 train, 2 validation, 2 test" in out.stderr
+
+
+def test_bad_rows_are_reported_and_strict_stops(tmp_path):
+    persona("data", "shop", "--out", tmp_path, "--users", "20")
+    file = tmp_path / "searches.csv"
+    file.write_text(file.read_text() + "u00001,yesterday,roses\n")
+    loose, strict = (persona("data", "check", DEMO, "--data", tmp_path, *more) for more in ([], ["--strict"]))
+    assert loose.returncode == 0 and "searches.csv" in loose.stderr and "yesterday" in loose.stderr
+    assert strict.returncode == 1 and "yesterday" in strict.stderr and "Traceback" not in strict.stderr
+
+
+def test_errors_are_one_line_for_people(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(DEMO.read_text().replace("window:", "windw:"))
+    wrong_key = persona("data", "check", recipe, "--data", tmp_path)
+    assert wrong_key.returncode == 1 and "windw" in wrong_key.stderr and "window" in wrong_key.stderr
+    nowhere = persona("data", "check", DEMO, "--data", tmp_path / "nowhere")
+    assert nowhere.returncode == 1 and "nowhere" in nowhere.stderr
+    no_adapter = persona("demo", "--adapter", tmp_path / "nothing")
+    assert no_adapter.returncode == 1 and "nothing" in no_adapter.stderr
+    for run in (wrong_key, nowhere, no_adapter):
+        assert run.stderr.startswith("persona: ") and "Traceback" not in run.stderr

@@ -1,0 +1,30 @@
+"""The README's five lines are run as they stand."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_quickstart_runs_and_personalises(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"<!-- quickstart -->\n```python\n(.*?)```\n<!-- quickstart -->", text, re.S)[1]
+    (tmp_path / "adapters").symlink_to(ROOT / "adapters")
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    known, unknown = run.stdout.strip().split("\n")
+    assert "text='music'" in known and "personalized=True" in known
+    assert "personalized=False" in unknown and "no events" in unknown
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_demo_answers_each_user_and_shows_the_table():
+    run = subprocess.run([sys.executable, "-m", "persona.cli", "demo"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "nobody" in run.stdout and "What does this user buy most?" in run.stdout
+    assert "| **ours, K = 8** |" in run.stdout and "another user's tokens" in run.stdout

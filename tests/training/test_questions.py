@@ -1,0 +1,137 @@
+"""Questions made by rule: cuts that never leak, fair negatives, no answer where there is a tie."""
+
+import numpy as np
+import pytest
+
+from persona.history import Event, History
+from persona.training.questions import Catalogue, QuestionSpec, build_questions, evaluation_cuts, make_cut
+
+GENRE = QuestionSpec("top_attribute", "film", "Genre?", attribute="genre", min_value=4)
+RECENT = QuestionSpec("top_attribute", "film", "Lately?", attribute="genre", last=2)
+NEXT = QuestionSpec("next_item", "film", "Next {item}?", negatives=2)
+STARS = QuestionSpec("next_value", "film", "Stars for {item}?")
+SPECS = {"genre": GENRE, "recent": RECENT, "next": NEXT, "stars": STARS}
+
+
+def film(time, number, genre="war", value=5.0):
+    return Event(
+        "film", float(time), text=f"film {number} {{x}}", item_id=str(number), value=value, attributes={"genre": genre}
+    )
+
+
+@pytest.fixture(scope="module")
+def catalogue():
+    """100 films, film n seen by 100 - n users."""
+    users = [History(f"u{u}", tuple(film(n, n, "war" if n % 2 else "noir") for n in range(u))) for u in range(1, 101)]
+    return Catalogue(users, SPECS, bins=10)
+
+
+def ask(specs, history, at, catalogue, training=False, seed=0):
+    cut = make_cut(history, at, window=50)
+    return cut, build_questions(cut, specs, catalogue, np.random.default_rng(seed), training=training)
+
+
+def test_ties_in_time_never_cross_a_cut():
+    history = History("u", tuple(film(t, i) for i, t in enumerate((1, 2, 2, 2, 3))))
+    for at in (1, 2, 3):
+        cut = make_cut(history, at, 50)
+        assert [e.timestamp for e in cut.history.events] == [1] and [e.timestamp for e in cut.future] == [2, 2, 2, 3]
+    assert make_cut(history, 4, 50).history.timed[-1].timestamp == 2
+
+
+def test_a_cut_keeps_the_window_and_the_profile():
+    profile = Event("profile", attributes={"age": 3.0})
+    cut = make_cut(History("u", (profile, *(film(t, t) for t in range(20)))), 15, window=4)
+    assert [e.timestamp for e in cut.history.events] == [None, 11, 12, 13, 14] and len(cut.future) == 5
+    assert cut.seen == frozenset(("film", str(n)) for n in range(20))
+
+
+def test_evaluation_cuts_are_spread_and_distinct():
+    history = History("u", tuple(film(t, t) for t in range(30)))
+    assert [len(c.history.timed) for c in evaluation_cuts(history, 50, 3, 10)] == [10, 20, 29]
+    assert evaluation_cuts(history, 50, 3, 30) == []
+    tied = History("u", tuple(film(min(t, 11), t) for t in range(30)))
+    assert [len(c.history.timed) for c in evaluation_cuts(tied, 50, 4, 10)] == [10, 11]
+
+
+def test_the_commonest_liked_attribute(catalogue):
+    events = [film(1, 1, "war"), film(2, 2, "noir", 1), film(3, 3, "noir", 1), film(4, 4), film(5, 5)]
+    _, questions = ask({"genre": GENRE}, History("u", tuple(events)), 4, catalogue)
+    assert [(q.prompt, q.answer, q.options) for q in questions] == [("Genre?", "war", ("noir", "war"))]
+    _, questions = ask({"recent": RECENT}, History("u", tuple(events)), 3, catalogue)
+    assert [q.answer for q in questions] == ["noir"]
+
+
+def test_a_tie_or_an_unknown_answer_asks_nothing(catalogue):
+    tie = History("u", (film(1, 1, "war"), film(2, 2, "noir"), film(3, 3)))
+    unknown = History("u", (film(1, 1, "opera"), film(2, 2)))
+    assert ask({"genre": GENRE}, tie, 2, catalogue)[1] == [] and ask({"genre": GENRE}, unknown, 1, catalogue)[1] == []
+
+
+def test_next_item_is_new_and_its_rivals_are_unseen_and_as_popular(catalogue):
+    history = History("u", (film(1, 40), film(2, 3), film(3, 40), film(4, 55), film(5, 56)))
+    cut, questions = ask({"next": NEXT}, history, 2, catalogue)
+    assert [q.answer for q in questions] == ["yes", "no", "no"] and {q.group for q in questions} == {0}
+    assert questions[0].prompt == "Next film 55 {x}?"
+    asked = [q.prompt.split()[2] for q in questions]
+    assert len(set(asked)) == 3 and not {("film", i) for i in asked[1:]} & cut.seen
+    counts = [catalogue.items["film"][i].count for i in asked]
+    bins = {catalogue._bin_of["film"][i] for i in asked}
+    assert len(bins) == 1 and max(counts) - min(counts) <= 12
+
+
+def test_bins_hold_about_equal_numbers_of_events(catalogue):
+    items = catalogue.items["film"]
+    totals = [sum(items[i].count for i in ids) for ids in catalogue._bins["film"]]
+    assert len(totals) == 10 and max(totals) < 1.5 * sum(totals) / 10
+
+
+def test_the_true_item_is_not_given_away_by_its_rank(catalogue):
+    """The true item is the most popular of its group about one time in three."""
+    top = total = 0
+    for n in range(5, 95):
+        history = History("u", (film(1, 0), film(2, n)))
+        _, questions = ask({"next": NEXT}, history, 1, catalogue, seed=n)
+        if questions:
+            counts = [catalogue.items["film"][q.prompt.split()[2]].count for q in questions]
+            top, total = top + (counts[0] == max(counts)), total + 1
+    assert total > 80 and 0.2 < top / total < 0.47
+
+
+def test_too_few_rivals_ask_nothing(catalogue):
+    everything = History("u", tuple(film(n, n) for n in range(100)))
+    assert ask({"next": NEXT}, everything, 50, catalogue)[1] == []
+
+
+def test_an_item_or_source_never_met_in_training_asks_nothing(catalogue):
+    assert ask({"next": NEXT}, History("u", (film(1, 1), film(2, 900))), 1, catalogue)[1] == []
+    song = QuestionSpec("next_item", "song", "Next {item}?")
+    history = History("u", (film(1, 1), Event("song", 2.0, item_id="s")))
+    assert ask({"song": song}, history, 1, catalogue)[1] == []
+
+
+def test_next_value(catalogue):
+    history = History("u", (film(1, 1), film(2, 7, value=5.0), film(3, 8, value=2.5)))
+    _, questions = ask({"stars": STARS}, history, 1, catalogue)
+    assert [(q.prompt, q.answer, q.options) for q in questions] == [("Stars for film 7 {x}?", "5", ("5",))]
+    assert ask({"stars": STARS}, history, 2, catalogue)[1] == []  # nobody in training gave 2.5
+
+
+def test_training_draws_from_the_horizon(catalogue):
+    spec = QuestionSpec("next_item", "film", "Next {item}?", horizon=3)
+    history = History("u", tuple(film(n, 5 * n) for n in range(20)))
+    asked = set()
+    for seed in range(40):
+        _, questions = ask({"next": spec}, history, 10, catalogue, training=True, seed=seed)
+        assert [q.answer for q in questions] == ["yes", "no"]
+        asked.add(int(questions[0].prompt.split()[2]))
+    assert asked == {50, 55, 60}
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [({"kind": "top_attribute", "prompt": "x"}, "attribute"), ({"kind": "next_item", "prompt": "x"}, "item")],
+)
+def test_a_spec_checks_itself(bad, message):
+    with pytest.raises(ValueError, match=message):
+        QuestionSpec(source="film", **bad)

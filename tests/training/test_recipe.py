@@ -1,0 +1,110 @@
+"""Recipes fail with the field's name; users are split by a seeded shuffle."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from persona.errors import DataError, RecipeError
+from persona.history import History
+from persona.training.questions import Catalogue
+from persona.training.recipe import Domain, SplitConfig, load_recipe, split_users
+
+ADAPTERS = Path(__file__).parents[2] / "adapters"
+DEMO = ADAPTERS / "demo" / "recipe.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(ADAPTERS.glob("*/recipe.yaml")), ids=lambda p: p.parent.name)
+def test_the_recipes_that_come_with_the_package_load(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.parent.name and recipe.questions and recipe.encoder.max_events >= recipe.window
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (("windw",), 5, "windw is not a known key; did you mean 'window'"),
+        (("window",), "many", "window .*many"),
+        (("encoder", "widht"), 5, "encoder.widht is not a known key; did you mean 'width'"),
+        (("encoder", "width"), 30, "encoder .*width 30 must be an even multiple of heads 4"),
+        (("training", "steps"), "lots", "training.steps .*lots"),
+        (("sources", "visit", "kind"), "audio", "sources.visit.kind .*audio"),
+        (("questions", "favourite_category", "kind"), "guess", "questions.favourite_category.kind .*guess"),
+        (("questions", "favourite_category", "attribute"), None, "questions.favourite_category .*attribute"),
+        (("questions", "favourite_category", "source"), "radio", "questions name the source 'radio'"),
+        (("split", "seed"), 1.5, "split.seed .*1.5"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, place, value, message):
+    data = yaml.load(DEMO.read_text(encoding="utf-8"), yaml.SafeLoader)
+    at = data
+    for key in place[:-1]:
+        at = at.setdefault(key, {})
+    at[place[-1]] = value
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    with pytest.raises(RecipeError, match=rf"recipe\.yaml: {message}"):
+        load_recipe(path)
+
+
+def test_a_reader_of_an_unknown_source(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(DEMO.read_text(encoding="utf-8").replace("- source: visit", "- source: visits"), encoding="utf-8")
+    with pytest.raises(RecipeError, match="readers name the source 'visits'"):
+        load_recipe(path)
+
+
+def test_users_are_split_by_seed_and_never_shared():
+    users = [f"u{i}" for i in range(100)]
+    parts = split_users(users, SplitConfig())
+    assert [len(p) for p in parts] == [80, 10, 10]
+    assert sorted(u for part in parts for u in part) == sorted(users)
+    assert parts == split_users(users, SplitConfig())
+    assert parts[2] != split_users(users, SplitConfig(seed=1))[2]
+
+
+def test_too_few_users():
+    with pytest.raises(DataError, match="3 users cannot be split"):
+        split_users(["a", "b", "c"], SplitConfig())
+
+
+def test_the_catalogue_knows_only_training_users(domain):
+    bought = {e.item_id for u in domain.train for e in domain.histories[u].events if e.source == "purchase"}
+    assert set(domain.catalogue.items["purchase"]) == bought
+    counted = sum(i.count for i in domain.catalogue.items["purchase"].values())
+    assert counted == sum(e.source == "purchase" for u in domain.train for e in domain.histories[u].events)
+
+
+def test_training_cuts_come_from_training_users_and_are_cut_strictly(domain):
+    rng, users, lengths = np.random.default_rng(0), set(), []
+    for _ in range(300):
+        cut = domain.training_cut(rng)
+        users.add(cut.history.user)
+        lengths.append(len(cut.history.timed))
+        assert cut.history.timed[-1].timestamp < cut.future[0].timestamp
+        whole = domain.histories[cut.history.user].events
+        assert all(event in whole for event in cut.history.events)
+    assert users <= set(domain.train) and len(users) > 30
+    assert min(lengths) <= 3 and max(lengths) > 40
+
+
+def test_evaluation_cuts_of_test_users(domain):
+    cuts = domain.cuts(domain.test)
+    assert {user for user, _ in cuts} <= set(domain.test) and len(cuts) == 4 * len(domain.test)
+    for user, cut in cuts:
+        assert cut.history.user == user and 10 <= len(cut.history.timed) <= domain.recipe.window
+        assert cut.history.timed[-1].timestamp < cut.future[0].timestamp
+
+
+def test_a_domain_without_answers_names_the_question(domain):
+    spec = replace(domain.recipe.questions["favourite_category"], attribute="colour")
+    recipe = replace(domain.recipe, questions={"colour": spec})
+    with pytest.raises(RecipeError, match=r"questions\.colour: no training event of source 'purchase'"):
+        Catalogue([History("u", domain.histories[domain.train[0]].events)], recipe.questions)
+
+
+def test_no_records(domain, tmp_path):
+    with pytest.raises(DataError):
+        Domain(domain.recipe, tmp_path)

@@ -1,0 +1,130 @@
+"""The reference LM: packing changes nothing, its prompts are those of its chat template, and it saves as any LLM."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from persona.errors import RecipeError
+from persona.history.render import render_history
+from persona.injection import PromptTemplate, load_llm
+from persona.training.questions import build_questions
+from persona.training.reference_lm import (
+    IGNORE,
+    PackedRows,
+    PackedTrainer,
+    build_reference_lm,
+    collate_rows,
+)
+
+
+@pytest.fixture(scope="module")
+def rows(domain, tokenizer):
+    return PackedRows(domain, tokenizer, size=50)
+
+
+def blocks(row):
+    """Of each segment that answers something: positions in the row of its history, and its own."""
+    for segment in np.unique(row["segments"][row["segments"] != IGNORE]):
+        own = np.flatnonzero(row["segments"] == segment)
+        home = row["parents"][own[0]]
+        yield (np.flatnonzero(row["segments"] == home) if home != segment else own[:0]), own
+
+
+def test_a_packed_block_has_the_logits_of_the_block_alone(rows, llm_path):
+    llm, _ = load_llm(llm_path)
+    row = next(r for r in (rows[i] for i in range(50)) if len(np.unique(r["parents"])) > 2)
+    batch = collate_rows([row])
+    checked = 0
+    with torch.no_grad():
+        packed = llm(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=batch["positions"]
+        ).logits[0]
+        for history, own in blocks(row):
+            alone = llm(input_ids=torch.tensor(row["input_ids"][np.concatenate([history, own])][None])).logits[0]
+            assert torch.allclose(packed[own], alone[len(history) :], atol=1e-3)
+            checked += 1
+    assert checked > 6
+
+
+def test_a_packed_block_reads_as_the_chat_template_writes_it(rows, domain, tokenizer):
+    template = PromptTemplate(tokenizer)
+    with_history = plain = 0
+    for row in (rows[i] for i in range(10)):
+        for history, own in blocks(row):
+            ids = row["input_ids"][np.concatenate([history, own])].tolist()
+            text = tokenizer.decode(ids)
+            if not text.endswith("<|end|>") or "<|assistant|>" not in text:
+                continue  # a history
+            prompt, answer = text.removeprefix("<|user|>").removesuffix("<|end|>").split("<|end|><|assistant|> ")
+            assert ids == template.prompt(prompt).ids + template.answer(prompt, answer)
+            start = (row["labels"][own] != IGNORE).argmax()
+            assert row["labels"][own][start:].tolist() == template.answer(prompt, answer)
+            with_history, plain = with_history + (len(history) > 0), plain + (len(history) == 0)
+    assert with_history > 50 and plain > 3
+
+
+def test_rows_are_repeatable_and_hold_training_users_only(rows, domain, tokenizer):
+    again = PackedRows(domain, tokenizer, size=1000)
+    assert all(np.array_equal(rows[3][k], again[3][k]) for k in rows[3])
+    held_back = {
+        render_history(cut.history, domain.recipe.sources) for _, cut in domain.cuts(domain.test + domain.validation)
+    }
+    lines = {line for text in held_back for line in text.split("\n") if line.startswith("age ")}
+    trained = {render_history(domain.histories[u], domain.recipe.sources).split("\n")[0] for u in domain.train}
+    only_held_back = lines - trained
+    assert only_held_back
+    text = "\n".join(tokenizer.decode(rows[i]["input_ids"]) for i in range(50))
+    assert not any(line in text for line in only_held_back)
+
+
+def test_a_context_too_small_for_any_row_is_an_error_and_not_an_endless_loop(domain, tokenizer):
+    recipe = replace(domain.recipe, lm=replace(domain.recipe.lm, context=8))
+    small = PackedRows(domain, tokenizer, size=1)
+    small.domain, small.config = domain, recipe.lm
+    with pytest.raises(RecipeError, match=r"lm\.context"):
+        small[0]
+
+
+def test_loss_falls_on_answers_and_lightly_on_the_history(rows, llm_path):
+    llm, _ = load_llm(llm_path)
+    batch = collate_rows([rows[0], rows[1]])
+    trainer = PackedTrainer.__new__(PackedTrainer)
+    trainer.history_weight = 0.5
+    with torch.no_grad():
+        loss = trainer.compute_loss(llm, batch)
+        logits = llm(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=batch["positions"]
+        ).logits.log_softmax(-1)
+    parts = []
+    for name in ("labels", "history_labels"):
+        at = (batch[name][:, 1:] != IGNORE).nonzero().tolist()
+        parts.append(-torch.stack([logits[b, n, batch[name][b, n + 1]] for b, n in at]).mean())
+    assert torch.allclose(loss, parts[0] + 0.5 * parts[1], atol=1e-3)
+
+
+def test_answers_are_single_tokens_and_emoji_survive(domain, tokenizer):
+    for answers in (domain.catalogue.answers["favourite_category"], ("yes", "no")):
+        assert all(len(tokenizer.encode(f" {a}")) == 1 for a in answers)
+    for text in ("👩‍👩‍👧‍👦 שלום مرحبا", "  two  spaces\nand lines ", "naïve café 12.50"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_tiny_build_is_a_checkpoint_that_answers(domain, tmp_path):
+    folder = build_reference_lm(domain, tmp_path / "lm")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.head_dim == 32 and model.dtype == torch.float32
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    rng = np.random.default_rng(0)
+    question = build_questions(domain.training_cut(rng), domain.recipe.questions, domain.catalogue, rng, training=True)[
+        0
+    ]
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question.prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] > ids["input_ids"].shape[1]
