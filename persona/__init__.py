@@ -1,6 +1,6 @@
 """persona gives any LLM call a user id.
 
-    persona = Persona.from_pretrained("adapters/demo", engine="vllm")
+    persona = Persona.from_pretrained("adapters/demo/weights", engine="vllm")
     persona.observe("ana", Event("purchase", timestamp, text="oak violin music", item_id="..."))
     persona.generate("ana", "What does this user buy most?").text
 

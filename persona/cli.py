@@ -97,16 +97,22 @@ def bench_table(
     seed: Annotated[int, typer.Option(help="Seed of questions, controls and intervals.")] = 0,
 ) -> None:
     """Asks users who took no part in training, with every control, and prints and writes the table."""
+    from persona.encoders.hub import read_json
     from persona.evaluation.report import markdown_table, paired_table
     from persona.evaluation.runner import run_table
     from persona.injection import PersonalizedLM
+    from persona.training.recipe import check_unseen
 
     _quiet()
     if part not in ("test", "validation"):
         raise PersonaError(f"--part is test or validation, not {part}")
+    if control and not read_json(control / "training.json").get("without_history"):
+        raise PersonaError(f"{control} was trained with histories; the control is trained with --no-history")
     domain = _domain(recipe, data, False)
     model = PersonalizedLM.from_pretrained(adapter, llm)
     other = PersonalizedLM.from_pretrained(control, llm) if control else None
+    for folder in filter(None, (adapter, control, model.adapter.base_model)):
+        check_unseen(domain, getattr(domain, part), folder)
     result = run_table(domain, model, other, part=part, seed=seed, progress=_say)
     training = adapter / "training.json"
     if training.exists():

@@ -48,3 +48,14 @@ def test_errors_are_one_line_for_people(tmp_path):
     assert no_adapter.returncode == 1 and "nothing" in no_adapter.stderr
     for run in (wrong_key, nowhere, no_adapter):
         assert run.stderr.startswith("persona: ") and "Traceback" not in run.stderr
+
+
+def test_a_table_takes_no_adapter_for_a_control_and_no_training_user_for_a_test_user(tmp_path):
+    persona("data", "shop", "--out", tmp_path, "--users", "30", "--seed", "0")  # the seed of the committed adapter
+    common = ("bench", "table", DEMO, "--data", tmp_path, "--adapter", DEMO.parent / "weights")
+    no_control = persona(*common, "--control", DEMO.parent / "weights")
+    assert no_control.returncode == 1 and "--no-history" in no_control.stderr
+    nothing = persona(*common, "--control", tmp_path)
+    assert nothing.returncode == 1 and "training.json is missing" in nothing.stderr
+    known = persona(*common, "--part", "validation")
+    assert known.returncode == 1 and "was trained on" in known.stderr

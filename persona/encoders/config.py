@@ -27,7 +27,7 @@ class EncoderConfig:
     """Layers of the resampler."""
     tokens: int = 8
     """K: user tokens made for one instruction; every prefix of them is usable."""
-    max_events: int = 512
+    max_events: int = 50
     """Longest history, in timed events; of a longer one the newest are encoded and the result says so."""
     dropout: float = 0.1
     """Dropout in training."""

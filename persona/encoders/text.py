@@ -14,6 +14,8 @@ from torch.nn.functional import normalize
 from persona.errors import CheckpointError
 
 DEFAULT = "all-MiniLM-L6-v2"
+INSTRUCTIONS = 5_000
+"""Instructions whose token states are kept; each takes some 20 to 400 KB."""
 DEFAULT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -59,11 +61,11 @@ class TextEncoder:
         return [found[t] for t in texts]
 
     def forget(self, texts: Sequence[str]) -> None:
-        """Drops texts from the caches."""
+        """Drops texts from the cache, and all instructions, since any of them may quote what is to be forgotten."""
         with self._lock:
             for text in texts:
                 self._vectors.pop(text, None)
-                self._states.pop(text, None)
+            self._states.clear()
 
     def _encode_vectors(self, texts: list[str]) -> list[torch.Tensor]:
         made = self.model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, batch_size=64)
@@ -83,7 +85,7 @@ class TextEncoder:
             made = dict(zip(missing, encode(missing)))
             with self._lock:
                 cache.update(made)
-                while len(cache) > self.cache_size:
+                while len(cache) > (self.cache_size if cache is self._vectors else INSTRUCTIONS):
                     cache.popitem(last=False)
             found.update(made)
         return found

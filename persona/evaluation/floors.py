@@ -13,32 +13,46 @@ from persona.training.recipe import Domain
 
 
 class Floors:
-    """Fitted on training users: majority answers, user + item bias for numbers, item cosine for the next item."""
+    """Fitted on training users: majority answers, user + item bias for numbers, item cosine for the next item.
+
+    A floor that the training users give nothing to fit with answers None to that question.
+    """
 
     def __init__(self, domain: Domain):
         self.domain = domain
         self.specs = domain.recipe.questions
-        self._bias = {n: ItemBias(domain, s.source) for n, s in self.specs.items() if s.kind == "next_value"}
-        self._cosine = {n: ItemCosine(domain, s.source) for n, s in self.specs.items() if s.kind == "next_item"}
-        self._majority = {n: self._commonest(n) for n, s in self.specs.items() if s.kind != "next_item"}
+        events = [e for u in domain.train for e in domain.histories[u].events]
+        valued = {e.source for e in events if e.value is not None}
+        with_ids = {e.source for e in events if e.item_id is not None}
+        specs = self.specs.items()
+        self._bias = {n: ItemBias(domain, s.source) for n, s in specs if s.kind == "next_value" and s.source in valued}
+        self._cosine = {
+            n: ItemCosine(domain, s.source) for n, s in specs if s.kind == "next_item" and s.source in with_ids
+        }
+        self._majority = {n: self._commonest(n) for n, s in specs if s.kind != "next_item"}
 
-    def _commonest(self, name: str) -> str:
-        """The commonest right answer among the evaluation questions of training users."""
+    def _commonest(self, name: str) -> str | None:
+        """The commonest right answer among the evaluation questions of training users; None if there are none."""
         rng, counts = np.random.default_rng(0), Counter()
         for _, cut in self.domain.cuts(self.domain.train):
             spec = {name: self.specs[name]}
             counts.update(q.answer for q in build_questions(cut, spec, self.domain.catalogue, rng, training=False))
-        return counts.most_common(1)[0][0]
+        return counts.most_common(1)[0][0] if counts else None
 
-    def majority(self, question: Question) -> dict[str, float]:
-        """Score 1 for the commonest answer; for questions that choose an item, odds of yes by popularity."""
+    def majority(self, question: Question) -> dict[str, float] | None:
+        """Score 1 for the commonest answer; for questions that choose an item, odds of yes by popularity.
+
+        None where training users answer nothing, or never met the item.
+        """
         spec = self.specs[question.task]
         if spec.kind == "next_item":
-            return {YES: float(self.domain.catalogue.items[spec.source][question.item_id].count), NO: 0.0}
-        return {self._majority[question.task]: 1.0}
+            item = self.domain.catalogue.items.get(spec.source, {}).get(question.item_id)
+            return None if item is None else {YES: float(item.count), NO: 0.0}
+        answer = self._majority[question.task]
+        return None if answer is None else {answer: 1.0}
 
     def bias(self, question: Question, cut: Cut, item_id: str | None) -> dict[str, float] | None:
-        """Scores of the number answers by closeness to user + item bias; None for other questions."""
+        """Scores of the number answers by closeness to user + item bias; None for other questions or without a fit."""
         model = self._bias.get(question.task)
         if model is None:
             return None
@@ -46,7 +60,7 @@ class Floors:
         return {option: -abs(float(option) - guess) for option in question.options}
 
     def cosine(self, question: Question, cut: Cut, item_id: str | None) -> dict[str, float] | None:
-        """Odds of yes by the item's cosine to the history's items; None for other questions."""
+        """Odds of yes by the item's cosine to the history's items; None for other questions or without a fit."""
         model = self._cosine.get(question.task)
         return None if model is None else {YES: model.score(cut, item_id), NO: 0.0}
 

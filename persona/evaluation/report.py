@@ -18,7 +18,7 @@ NAMES = {
     "learned_prompt": "learned prompt, no user in it",
     "shuffled_user": "another user's tokens",
     "text_same_budget": "newest events as text, same budget",
-    "text_full": "full history as text",
+    "text_full": "full history (the window) as text",
 }
 _MARKER = "<!-- persona:{name} -->"
 
@@ -37,7 +37,7 @@ def load_result(path: str | Path) -> dict:
 
 
 def markdown_table(result: dict) -> str:
-    """The table of one result, with the paired differences and how it was made below it."""
+    """The table of one result, and how it was made below it."""
     tasks = list(result["n"]["answers"])
     lines = [
         "| method | user tokens | prompt tokens | " + " | ".join([*tasks, "mean"]) + " |",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from persona.errors import DataError
+from persona.errors import DataError, PersonaError
 from persona.evaluation.cost import encoding_cost
 from persona.evaluation.floors import Floors
 from persona.evaluation.intervals import interval, mean_over_users
@@ -40,6 +40,8 @@ def run_table(
     `control` is an adapter trained without histories, the learned prompt; without it that row is missing. Raises
     `DataError` when no user of the part can be asked anything.
     """
+    if model.adapter.lora:
+        raise PersonaError("this adapter has a LoRA, which would also change the rows that stand for the plain LLM")
     sample = draw_sample(domain, getattr(domain, part), seed)
     if len(sample.users) < 2:
         raise DataError(f"only {len(sample.users)} {part} users have {domain.recipe.split.min_events} events or more")
@@ -166,6 +168,8 @@ def provenance(domain: Domain, seed: int) -> dict:
     try:
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        status = subprocess.run([*git[:3], "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        commit += "-dirty" if status.strip() else ""
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return {

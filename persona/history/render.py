@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
+from persona.errors import RecipeError
+from persona.history.cells import Template
 from persona.history.event import Event, History
 from persona.history.source import SourceSpec
 
 
-class _Unknown:
-    """Formats to nothing under any format specification, so that a missing field leaves a gap and not a crash."""
+class _Line(Template):
+    """A template that writes a missing field as a gap under any conversion."""
 
-    def __format__(self, spec: str) -> str:
-        return ""
+    def convert_field(self, value: Any, conversion: str | None) -> Any:
+        return None if value is None else super().convert_field(value, conversion)
 
 
-class _Fields(dict):
-    def __missing__(self, key: str) -> _Unknown:
-        return _Unknown()
+_line = lru_cache(maxsize=256)(_Line)
 
 
 def render_event(event: Event, spec: SourceSpec) -> str:
-    """One line by the source's `line` template; unknown fields are left out, white space is collapsed."""
+    """One line by the source's `line` template; unknown fields are left out, white space is collapsed.
+
+    Raises `RecipeError` for a template that does not parse or does not fit a value of the event.
+    """
     fields = {"text": event.text, "value": event.value, "item_id": event.item_id, **event.attributes}
-    line = spec.line.format_map(_Fields({k: v for k, v in fields.items() if v is not None}))
+    try:
+        line = _line(spec.line).vformat(spec.line, (), fields)
+    except ValueError as error:
+        raise RecipeError(
+            f"sources.{event.source}: the line template {spec.line!r} does not fit an event: {error}"
+        ) from None
     return " ".join(line.split())
 
 

@@ -243,14 +243,20 @@ class PersonalizedLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, adapter: str | Path, llm: str | Path | None = None, *, llm_weights: bool = True, **kwargs
+        cls,
+        adapter: str | Path,
+        llm: str | Path | None = None,
+        *,
+        llm_weights: bool = True,
+        device: str | None = None,
+        **kwargs,
     ) -> PersonalizedLM:
         """Loads an adapter folder or hub name, and its LLM (`llm` overrides the recorded name).
 
         Without `llm_weights` the LLM is an empty shell, for an engine that holds the weights itself: user tokens and
-        prompts are made as ever, but the model cannot answer. Further arguments go to
-        `AutoModelForCausalLM.from_pretrained`. Raises `CheckpointError` when a file is missing or corrupt, or when the
-        LLM's width is not the one the adapter was trained for.
+        prompts are made as ever, but the model cannot answer. `device` defaults to the GPU if there is one. Further
+        arguments go to `AutoModelForCausalLM.from_pretrained`. Raises `CheckpointError` when a file is missing or
+        corrupt, or when the LLM's width is not the one the adapter was trained for.
         """
         folder = resolve(adapter)
         config = read_config(AdapterConfig, folder / "adapter_config.json")
@@ -272,11 +278,19 @@ class PersonalizedLM(nn.Module):
                 raise MissingExtraError("this adapter has a LoRA: pip install 'persona[train]'") from error
             model.llm = PeftModel.from_pretrained(model.llm, folder / "lora")
         model.adapter = replace(config, base_model=name)
+        device = device or default_device()
+        for part in (model.encoder, model.projector, *([model.llm] if llm_weights else [])):
+            part.to(device)
         return model.eval()
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """Uploads what `save_pretrained` writes; returns the URL."""
         return push(self, repo_id, **kwargs)
+
+
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def base_model_path(adapter: Path, config: AdapterConfig) -> str:

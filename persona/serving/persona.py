@@ -74,10 +74,10 @@ class Persona:
     ) -> Persona:
         """Loads an adapter and its LLM; `engine` is "transformers" or "vllm", and `kwargs` go to it.
 
-        Raises `CheckpointError` for what cannot be loaded, and `ValueError` for another engine.
+        Raises `CheckpointError` for what cannot be loaded, and `PersonaError` for another engine.
         """
         if engine not in ("transformers", "vllm"):
-            raise ValueError(f'engine is "transformers" or "vllm", not {engine!r}')
+            raise PersonaError(f'engine is "transformers" or "vllm", not {engine!r}')
         store = EventStore(store) if isinstance(store, str) else store
         if engine == "transformers":
             return cls(PersonalizedLM.from_pretrained(adapter, llm, **kwargs), store, tenant=tenant)
@@ -146,7 +146,8 @@ class Persona:
         """
         if not requests:
             return []
-        states = [None if user is None else self.state(user) for user, _ in requests]
+        found = [None if user is None else self.state(user) for user, _ in requests]
+        states = [s if s is not None and len(s.states) > 1 else None for s in found]  # more than the start state
         known = [i for i, s in enumerate(states) if s is not None]
         instructions = [instruction or last_user_turn(requests[i][1]) for i in known]
         rows = self.model.soft_rows([states[i] for i in known], instructions, count) if known else None
@@ -154,7 +155,18 @@ class Persona:
         prompts = [self.model.template.prompt(m, size if s else 0) for (_, m), s in zip(requests, states)]
         engine = self.engine or self.model
         texts = engine.complete(prompts, rows.flatten(0, 1) if known else None, **kwargs)
-        return [_answer(text, user, state) for text, (user, _), state in zip(texts, requests, states)]
+        return [
+            Answer(text, True, truncated=used.truncated) if used else Answer(text, False, self._why_plain(user, state))
+            for text, (user, _), state, used in zip(texts, requests, found, states)
+        ]
+
+    def _why_plain(self, user: str | None, state: UserState | None) -> str:
+        if user is None:
+            return "no user was named"
+        if state is None:
+            return "this user has no events"
+        sources = ", ".join(self.model.encoder.vocabulary.sources)
+        return f"none of this user's events is of a source that the adapter knows ({sources})"
 
     def forget(self, user: str) -> int:
         """Erases the user's events, cached states and cached texts; returns how many events there were."""
@@ -164,9 +176,3 @@ class Persona:
             encoder = self.model.encoder
             encoder.text_encoder.forget([row.text for row in event_rows(history.events, encoder.vocabulary)])
             return self.store.forget(user, tenant=self.tenant)
-
-
-def _answer(text: str, user: str | None, state: UserState | None) -> Answer:
-    if state is not None:
-        return Answer(text, True, truncated=state.truncated)
-    return Answer(text, False, "no user was named" if user is None else "this user has no events")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -46,16 +47,18 @@ class EventStore:
     """
 
     def __init__(self, url: str = "sqlite:///persona.db"):
+        self.url = _parse(url)
+        self._name = self.url.database or "in memory"
+        # A password may stand in the query too (?password=), so messages show neither.
+        shown = self.url.set(query={}).render_as_string(hide_password=True)
+        if self.url.get_backend_name() not in _INSERT:
+            raise PersonaError(f"the event store works with {' and '.join(_INSERT)}, not with {shown!r}")
         try:
-            self.url = sa.make_url(url)
-            self._name = self.url.database or "in memory"
-            if self.url.get_backend_name() not in _INSERT:
-                raise PersonaError(f"the event store works with {' and '.join(_INSERT)}, not with {url!r}")
             self._engine = sa.create_engine(self.url, hide_parameters=True, **_pool(self.url))
         except sa.exc.ArgumentError as error:
-            raise PersonaError(f"{url!r} is not a database URL such as sqlite:///persona.db: {error}") from None
+            raise PersonaError(f"{shown!r} is not a database URL such as sqlite:///persona.db: {error}") from None
         except ImportError as error:
-            raise PersonaError(f"{url!r} needs a driver: pip install 'persona[postgres]' ({error})") from error
+            raise PersonaError(f"{shown!r} needs a driver: pip install 'persona[postgres]' ({error})") from error
         self._sqlite = self._engine.dialect.name == "sqlite"
         if self._sqlite:
             sa.event.listen(self._engine, "connect", _set_pragmas)
@@ -183,6 +186,16 @@ class EventStore:
             raise PersonaError(f"the event store {self._name} cannot be used: {error.orig}") from error
         except sa.exc.SQLAlchemyError as error:
             raise PersonaError(f"the event store {self._name} cannot be used: {error}") from error
+
+
+def _parse(url: str | sa.URL) -> sa.URL:
+    try:
+        return sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):
+        # Nobody knows which part of it is the password, so no more than its scheme is shown.
+        scheme = re.match(r"[A-Za-z][\w+.-]*(?=://)", url) if isinstance(url, str) else None
+        given = f"the given {scheme[0]}:// URL" if scheme else "the given URL"
+        raise PersonaError(f"{given} is not a database URL such as sqlite:///persona.db") from None
 
 
 def _pool(url: sa.URL) -> dict[str, Any]:

@@ -66,12 +66,12 @@ class Collator:
     generator a resumed run would draw other prefixes, and other dropout, than one that was never stopped.
     """
 
-    def __init__(self, model: PersonalizedLM):
-        self.model = model
+    def __init__(self, model: PersonalizedLM, seed: int = 0):
+        self.model, self.seed = model, seed
 
     def __call__(self, examples: Sequence[Example]) -> dict:
         model, most = self.model, self.model.encoder.config.tokens
-        rng = np.random.default_rng([2, examples[0].index])
+        rng = np.random.default_rng([self.seed, 2, examples[0].index])
         count = most if rng.random() < 0.5 else int(rng.integers(1, most + 1))
         questions = [q for e in examples for q in e.questions]
         owner = [i for i, e in enumerate(examples) for _ in e.questions]

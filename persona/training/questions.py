@@ -115,6 +115,11 @@ class Catalogue:
         self.items = items
         self.answers: dict[str, tuple[str, ...]] = {}
         for name, spec in specs.items():
+            if spec.kind == "next_item" and spec.source not in items:
+                raise RecipeError(
+                    f"questions.{name}: no training event of source {spec.source!r} has an item id; "
+                    "name its column as `item_id` in the reader"
+                )
             self.answers[name] = (YES, NO) if spec.kind == "next_item" else tuple(sorted(answers[name]))
             if not self.answers[name]:
                 raise RecipeError(

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from pydantic import PositiveInt
 
 from persona.encoders.config import EncoderConfig
 from persona.errors import DataError
@@ -31,9 +34,9 @@ class SplitConfig:
     """Share used to choose settings; the rest are test users."""
     seed: int = 0
     """Seed of the shuffle."""
-    cuts: int = 4
+    cuts: PositiveInt = 4
     """Points in time at which each validation or test user is asked."""
-    min_events: int = 10
+    min_events: PositiveInt = 10
     """A cut leaves at least so many events before it in evaluation."""
 
 
@@ -43,14 +46,14 @@ class TrainingConfig:
 
     __pydantic_config__ = STRICT
 
-    steps: int = 2000
+    steps: PositiveInt = 2000
     """Optimizer steps."""
-    histories_per_step: int = 16
+    histories_per_step: PositiveInt = 16
     """Histories in a batch; each is encoded once and asked all its questions."""
-    questions_per_history: int = 6
+    questions_per_history: PositiveInt = 6
     """At most so many questions about one history, drawn at random."""
     learning_rate: float = 1e-3
-    """Peak rate of AdamW, linear warm-up and decay."""
+    """Peak rate of AdamW, linear warm-up and cosine decay."""
     warmup_steps: int = 100
     """Steps of warm-up."""
     weight_decay: float = 0.01
@@ -73,19 +76,19 @@ class LMConfig:
 
     __pydantic_config__ = STRICT
 
-    vocab_size: int = 3072
+    vocab_size: PositiveInt = 3072
     """Byte-level BPE tokens."""
-    hidden_size: int = 192
+    hidden_size: PositiveInt = 192
     """Width; heads are `head_dim` wide."""
-    layers: int = 4
+    layers: PositiveInt = 4
     """Decoder layers."""
-    head_dim: int = 32
+    head_dim: PositiveInt = 32
     """32 or 64: the vLLM CPU engine takes no less."""
-    context: int = 1024
+    context: PositiveInt = 1024
     """Tokens of a training row: one history, then as many questions as fit."""
-    rows_per_step: int = 3
+    rows_per_step: PositiveInt = 3
     """Rows in a batch."""
-    steps: int = 1600
+    steps: PositiveInt = 1600
     """Optimizer steps."""
     learning_rate: float = 2e-3
     """Peak rate of AdamW; flat to 30% of the steps, then linear to zero."""
@@ -113,7 +116,7 @@ class Recipe:
     """What is asked, in training and in evaluation."""
     description: str = ""
     """One line for the model card."""
-    window: int = 50
+    window: PositiveInt = 50
     """Newest timed events a method may see at one cut, as text or as vectors alike."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """How users are divided."""
@@ -125,6 +128,11 @@ class Recipe:
     """The reference LM, when one is built."""
 
     def __post_init__(self):
+        if self.encoder.max_events != self.window:
+            raise ValueError(
+                f"window is {self.window} and encoder.max_events {self.encoder.max_events}: make them equal, so that "
+                "training, tables and serving read the same part of a history"
+            )
         for kind, names in (
             ("readers", [r.source for r in self.readers]),
             ("questions", [q.source for q in self.questions.values()]),
@@ -150,7 +158,10 @@ class Domain:
         self.report: ReadReport
         self.histories: dict[str, History]
         self.histories, self.report = read_histories(recipe.readers, data, strict=strict)
-        self.train, self.validation, self.test = split_users(sorted(self.histories), recipe.split)
+        try:
+            self.train, self.validation, self.test = split_users(sorted(self.histories), recipe.split)
+        except DataError as error:
+            raise DataError(f"{error}. What was read: {self.report}") from None
         if not any(len({e.timestamp for e in self.histories[u].timed}) > 1 for u in self.train):
             raise DataError("no training user has events at two different times; there is nothing to learn from")
         self.catalogue = Catalogue((self.histories[u] for u in self.train), recipe.questions)
@@ -180,6 +191,32 @@ class Domain:
             kept = kept.of(e for e in kept.events if e.timestamp is None or rng.random() >= drop)
             if kept.timed:
                 return replace(cut, history=kept)
+
+
+TRAINED_ON = "trained_on.json"
+
+
+def fingerprint(history: History) -> str:
+    """16 hex digits of a user's id and first timed event: a growing history keeps it, a namesake has another."""
+    return hashlib.sha256(repr((history.user, history.timed[:1])).encode()).hexdigest()[:16]
+
+
+def write_trained_on(domain: Domain, folder: str | Path) -> None:
+    """Notes beside a trained LM or adapter whom it has seen, so that they are never taken for test users."""
+    seen = sorted(fingerprint(domain.histories[u]) for u in domain.train)
+    (Path(folder) / TRAINED_ON).write_text(json.dumps(seen, indent=0) + "\n")
+
+
+def check_unseen(domain: Domain, users: list[str], folder: str | Path) -> None:
+    """Raises `DataError` if what lies in `folder` was trained on any of `users`; without a note nothing is known."""
+    file = Path(folder) / TRAINED_ON
+    seen = set(json.loads(file.read_text())) if file.exists() else set()
+    known = [u for u in users if fingerprint(domain.histories[u]) in seen]
+    if known:
+        raise DataError(
+            f"{folder} was trained on {len(known)} of the {len(users)} users to be asked: the records or the split "
+            "have changed since. Train again, or bring the records that it was trained with"
+        )
 
 
 def split_users(users: list[str], config: SplitConfig) -> tuple[list[str], list[str], list[str]]:

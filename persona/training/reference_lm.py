@@ -21,7 +21,7 @@ from persona.errors import RecipeError
 from persona.history.render import render_event, render_history
 from persona.training.hardware import precision
 from persona.training.questions import Cut, Question, build_questions
-from persona.training.recipe import Domain, LMConfig
+from persona.training.recipe import Domain, LMConfig, write_trained_on
 
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (
@@ -72,6 +72,7 @@ def build_reference_lm(domain: Domain, out: str | Path, *, steps: int | None = N
     trainer.train()
     model.eval().to(torch.float32).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    write_trained_on(domain, out)
     return Path(out)
 
 
@@ -128,7 +129,7 @@ def _llama_config(config: LMConfig, tokenizer: PreTrainedTokenizerFast) -> Llama
 
 
 class PackedRows(Dataset):
-    """Row `i` is drawn from its own seed, so a run can be repeated and resumed; there are `size` of them."""
+    """Row `i` is drawn from its own seed, so a run can be repeated; there are `size` of them."""
 
     def __init__(self, domain: Domain, tokenizer: PreTrainedTokenizerFast, size: int):
         self.domain, self.tokenizer, self.size = domain, tokenizer, size

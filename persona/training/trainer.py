@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import time
 from pathlib import Path
 
-import torch
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from persona.encoders import TextEncoder, UserEncoder, Vocabulary
 from persona.encoders.hub import load_weights
+from persona.errors import PersonaError
 from persona.injection import PersonalizedLM, load_llm
+from persona.injection.model import default_device
 from persona.training.data import Collator, Examples
 from persona.training.hardware import precision
 from persona.training.objectives import next_item_loss
-from persona.training.recipe import Domain, TrainingConfig
+from persona.training.recipe import Domain, TrainingConfig, write_trained_on
 
 
 class PersonaTrainer(Trainer):
@@ -66,8 +68,12 @@ def train_adapter(
 ) -> PersonalizedLM:
     """Trains encoder and projector for `domain` on a frozen LLM and saves the adapter to `out`.
 
-    `resume` continues from the newest checkpoint in `out`, if there is one. Checkpoints are written four times a run.
+    `resume` continues from the newest checkpoint in `out`, if there is one. Checkpoints are written four times a run
+    and removed when it ends. Raises `PersonaError` when an unfinished run lies in `out` and is not to be resumed.
     """
+    checkpoint = get_last_checkpoint(str(out)) if Path(out).is_dir() else None
+    if checkpoint and not resume:
+        raise PersonaError(f"{checkpoint} is of an unfinished run: go on with --resume, or remove it to start anew")
     recipe = domain.recipe
     config = recipe.training
     set_seed(config.seed)
@@ -79,10 +85,9 @@ def train_adapter(
         model=model,
         args=training_arguments(config, out, steps, report_to),
         train_dataset=Examples(domain, steps * config.histories_per_step, without_history=without_history),
-        data_collator=Collator(model),
+        data_collator=Collator(model, config.seed),
         next_item_weight=0.0 if without_history else config.next_item_weight,
     )
-    checkpoint = get_last_checkpoint(str(out)) if resume and Path(out).is_dir() else None
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     model.save_pretrained(out)
@@ -95,6 +100,9 @@ def train_adapter(
         "without_history": without_history,
     }
     (Path(out) / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_trained_on(domain, out)
+    for folder in Path(out).glob("checkpoint-*"):
+        shutil.rmtree(folder)
     return model.eval()
 
 
@@ -105,8 +113,7 @@ def new_model(domain: Domain, llm: str | Path, text_encoder: TextEncoder | None 
     vocabulary = Vocabulary.fit((domain.histories[u] for u in domain.train), recipe.sources)
     encoder = UserEncoder(recipe.encoder, vocabulary, text_encoder)
     model = PersonalizedLM(base, tokenizer, encoder, base_model=str(llm), domain=recipe.name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device)
+    return model.to(default_device())
 
 
 def training_arguments(config: TrainingConfig, out: str | Path, steps: int, report_to: str) -> TrainingArguments:
@@ -129,4 +136,5 @@ def training_arguments(config: TrainingConfig, out: str | Path, steps: int, repo
         seed=config.seed,
         remove_unused_columns=False,
         dataloader_num_workers=0,
+        dataloader_pin_memory=False,  # the collator has put its tensors where the model is
     )

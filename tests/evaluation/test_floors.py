@@ -1,6 +1,7 @@
 """Floors on records small enough to compute by hand."""
 
 import json
+import math
 
 import pytest
 
@@ -12,6 +13,10 @@ from persona.training.recipe import Domain, Recipe, SplitConfig
 
 @pytest.fixture
 def domain(tmp_path):
+    return make_domain(tmp_path)
+
+
+def make_domain(tmp_path, min_events=1):
     """Ten users; odd ones rate a and b, even ones c and d; a gets 5, all else 3."""
     rows = []
     for user in range(10):
@@ -26,7 +31,7 @@ def domain(tmp_path):
             "next": QuestionSpec("next_item", "r", "{item}?"),
             "stars": QuestionSpec("next_value", "r", "{item}?"),
         },
-        split=SplitConfig(min_events=1),
+        split=SplitConfig(min_events=min_events),
     )
     return Domain(recipe, tmp_path)
 
@@ -60,3 +65,25 @@ def test_floors_answer_only_what_they_can(domain):
     assert max(floors.bias(stars, cut(), "a"), key=floors.bias(stars, cut(), "a").get) in ("3", "5")
     assert floors.majority(stars) == {"3": 1.0}
     assert floors.majority(following)["yes"] == domain.catalogue.items["r"]["a"].count
+
+
+STARS = Question("stars", "?", "5", ("3", "5"), "a")
+NEXT = Question("next", "?", "yes", ("yes", "no"), "a")
+
+
+def test_no_majority_when_no_training_user_has_enough_events(tmp_path):
+    floors = Floors(make_domain(tmp_path, min_events=5))
+    assert floors.majority(STARS) is None
+    assert floors.majority(NEXT) is not None and floors.bias(STARS, cut(), "a") is not None
+
+
+@pytest.mark.parametrize("item_id, value", [(None, 3.0), ("a", None), (None, None)])
+def test_a_floor_without_ids_or_values_to_fit_is_left_out(domain, item_id, value):
+    domain.histories = {
+        user: History(user, tuple(Event("r", e.timestamp, item_id=item_id, value=value) for e in h.events))
+        for user, h in domain.histories.items()
+    }
+    floors = Floors(domain)
+    assert (floors.cosine(NEXT, cut(), "a") is None) == (item_id is None)
+    bias = floors.bias(STARS, cut(("b", 4.0)), "a")
+    assert bias is None if value is None else all(math.isfinite(score) for score in bias.values())

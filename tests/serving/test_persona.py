@@ -226,3 +226,12 @@ def test_without_the_weights_of_the_llm_user_tokens_and_prompts_are_the_same(per
     assert torch.equal(shell.soft_rows(states, ["?"] * 3), model.soft_rows(states, ["?"] * 3))
     assert shell.template.prompt("hello", 2) == model.template.prompt("hello", 2)
     assert all(p.is_meta for p in shell.llm.parameters())
+
+
+def test_events_that_the_adapter_cannot_read_do_not_count_as_personalised(persona):
+    persona.observe("u", [Event("purchasse", 1.0, text="oak violin music"), Event("horoscope", 2.0, text="stars")])
+    answer = persona.generate("u", "What does this user buy most?")
+    assert not answer.personalized and "purchase" in answer.reason
+    assert answer.text == persona.generate(None, "What does this user buy most?").text
+    persona.observe("u", Event("purchase", 3.0, text="oak violin music"))
+    assert persona.generate("u", "What does this user buy most?").personalized

@@ -1,8 +1,15 @@
 """Training examples: repeatable by index, from training users alone, never with the target in the history."""
 
+import json
+
+import pytest
 import torch
 
+from persona.errors import DataError
+from persona.history import ReaderSpec, SourceSpec
 from persona.training.data import Collator, Examples
+from persona.training.questions import QuestionSpec
+from persona.training.recipe import Domain, Recipe
 
 
 def test_example_n_is_always_the_same(domain):
@@ -62,3 +69,21 @@ def test_batches_train_every_prefix_of_the_tokens(domain, model):
 def test_the_whole_loss_runs_on_a_batch(domain, model):
     out = model(**Collator(model)([Examples(domain, 3)[i] for i in range(3)]))
     assert torch.isfinite(out["loss"]) and out["states"].shape[0] == 3
+
+
+def test_records_and_recipes_from_which_nothing_can_be_learnt_are_errors_and_not_endless_loops(domain, tmp_path):
+    rows = "\n".join(json.dumps({"u": user, "t": 5, "i": "a"}) for user in range(20))
+    (tmp_path / "r.jsonl").write_text(rows)
+    recipe = Recipe(
+        name="still",
+        sources={"r": SourceSpec("item")},
+        readers=[ReaderSpec("r", "r.jsonl", user="u", timestamp="t", item_id="i")],
+        questions={"next": QuestionSpec("next_item", "r", "{item}?")},
+    )
+    with pytest.raises(DataError, match="two different times"):
+        Domain(recipe, tmp_path)
+    (tmp_path / "r.jsonl").write_text(
+        rows + "\n" + "\n".join(json.dumps({"u": u, "t": 6, "i": "a"}) for u in range(20))
+    )
+    with pytest.raises(DataError, match="answers a question"):
+        Examples(Domain(recipe, tmp_path), 1)[0]  # the one item there is, everybody has already met

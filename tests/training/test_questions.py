@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from persona.errors import RecipeError
 from persona.history import Event, History
 from persona.training.questions import Catalogue, QuestionSpec, build_questions, evaluation_cuts, make_cut
 
@@ -108,6 +109,12 @@ def test_an_item_or_source_never_met_in_training_asks_nothing(catalogue):
     song = QuestionSpec("next_item", "song", "Next {item}?")
     history = History("u", (film(1, 1), Event("song", 2.0, item_id="s")))
     assert ask({"song": song}, history, 1, catalogue)[1] == []
+
+
+def test_next_item_needs_item_ids():
+    users = [History(f"u{u}", (Event("film", 1.0, text="x"), Event("song", 2.0, item_id="s"))) for u in range(3)]
+    with pytest.raises(RecipeError, match=r"questions\.next: no training event of source 'film' has an item id"):
+        Catalogue(users, {"next": NEXT})
 
 
 def test_next_value(catalogue):

@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 import yaml
 
+from persona.demo.shop import generate_shop
 from persona.errors import DataError, RecipeError
-from persona.history import History
+from persona.history import Event, History
 from persona.training.questions import Catalogue
-from persona.training.recipe import Domain, SplitConfig, load_recipe, split_users
+from persona.training.recipe import (
+    Domain,
+    SplitConfig,
+    check_unseen,
+    fingerprint,
+    load_recipe,
+    split_users,
+    write_trained_on,
+)
 
 ADAPTERS = Path(__file__).parents[2] / "adapters"
 DEMO = ADAPTERS / "demo" / "recipe.yaml"
@@ -107,4 +116,34 @@ def test_a_domain_without_answers_names_the_question(domain):
 
 def test_no_records(domain, tmp_path):
     with pytest.raises(DataError):
+        Domain(domain.recipe, tmp_path)
+
+
+def test_users_somebody_was_trained_on_are_never_taken_for_test_users(domain, tmp_path):
+    write_trained_on(domain, tmp_path)
+    check_unseen(domain, domain.test + domain.validation, tmp_path)
+    with pytest.raises(DataError, match=r"trained on 1 of the 2 users"):
+        check_unseen(domain, [domain.train[0], domain.test[0]], tmp_path)
+    check_unseen(domain, domain.train, tmp_path / "a folder without a note")
+
+
+def test_a_fingerprint_outlives_new_events_and_tells_namesakes_apart(domain):
+    history = domain.histories[domain.train[0]]
+    grown = history.of([*history.events, Event("search", 9e9, text="new")])
+    assert fingerprint(grown) == fingerprint(history) == fingerprint(history.last(10_000))
+    namesake = history.of(domain.histories[domain.train[1]].events)
+    assert fingerprint(namesake) != fingerprint(history)
+
+
+def test_window_and_max_events_must_agree(tmp_path):
+    text = DEMO.read_text(encoding="utf-8")
+    for wrong in ("window: 32", "window: 0", "window: many"):
+        (tmp_path / "recipe.yaml").write_text(text.replace("window: 64", wrong), encoding="utf-8")
+        with pytest.raises(RecipeError, match="window"):
+            load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_records_without_enough_users_say_what_was_read(domain, tmp_path):
+    generate_shop(tmp_path, users=2)
+    with pytest.raises(DataError, match=r"2 users cannot be split .* rows gave .* events"):
         Domain(domain.recipe, tmp_path)
