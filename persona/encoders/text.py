@@ -51,12 +51,8 @@ class TextEncoder:
         found[""] = torch.zeros(self.dim)
         return torch.stack([found[t] for t in texts]) if texts else torch.zeros(0, self.dim)
 
-    def states(self, text: str) -> torch.Tensor:
-        """States `[1 + T, dim]` of an instruction: its pooled vector, then the vector of each of its T tokens."""
-        return self.states_of([text])[0]
-
     def states_of(self, texts: Sequence[str]) -> list[torch.Tensor]:
-        """`states` of many instructions in one pass."""
+        """States `[1 + T, dim]` of each instruction: its pooled vector, then the vector of each of its T tokens."""
         found = self._cached(self._states, texts, self._encode_states)
         return [found[t] for t in texts]
 

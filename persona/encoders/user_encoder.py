@@ -85,10 +85,13 @@ class UserEncoder(HubMixin, nn.Module):
 
     def states(self, batch: EventBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Backbone states `[B, 1 + N, d]` of a batch and their mask; the first state is the start state."""
+        mask = torch.cat([batch.mask.new_ones(len(batch.mask), 1), batch.mask], dim=1)
+        return self.backbone(self._vectors(batch), mask)[0], mask
+
+    def _vectors(self, batch: EventBatch) -> torch.Tensor:
+        """The backbone's input `[B, 1 + N, d]`: the start vector, then the event vectors."""
         vectors = self.events(batch)
-        vectors = torch.cat([self.start.expand(len(vectors), 1, -1), vectors], dim=1)
-        mask = torch.cat([batch.mask.new_ones(len(vectors), 1), batch.mask], dim=1)
-        return self.backbone(vectors, mask)[0], mask
+        return torch.cat([self.start.expand(len(vectors), 1, -1), vectors], dim=1)
 
     def resample(self, states: torch.Tensor, mask: torch.Tensor, instructions: Sequence[str]) -> torch.Tensor:
         """`states` `[Q, N, d]`, `mask` `[Q, N]` and Q instructions -> `[Q, K, d]`."""
@@ -110,9 +113,7 @@ class UserEncoder(HubMixin, nn.Module):
         for start in range(0, len(histories), batch_size):
             part = histories[start : start + batch_size]
             batch = self.batch(part)
-            vectors = self.events(batch)
-            vectors = torch.cat([self.start.expand(len(part), 1, -1), vectors], dim=1)
-            states, cache = self.backbone(vectors)
+            states, cache = self.backbone(self._vectors(batch))
             for i, history in enumerate(part):
                 size = 1 + int(batch.mask[i].sum())
                 read, truncated = newest(history, self.config.max_events)

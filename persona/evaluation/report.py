@@ -53,6 +53,7 @@ def markdown_table(result: dict) -> str:
         "",
         f"Accuracy, mean over {n['users']} {result['config']['part']} users who took no part in training, with "
         f"bootstrap 95% intervals over users. {n['cuts']} cuts; answers: {answers}. Seed {result['seed']}. "
+        "User tokens include the line break that joins them to the question. "
         f"Made by `{result['command']}`.",
     ]
     return "\n".join(lines)

@@ -27,7 +27,7 @@ def test_a_distinct_text_is_encoded_once(counted):
     again = encoder.vectors(["coffee", "", "tea"])
     assert len(reached) == 2
     assert torch.equal(again, first[[1, 3, 0]])
-    encoder.states("tea"), encoder.states_of(["tea", "tea"])
+    encoder.states_of(["tea"])[0], encoder.states_of(["tea", "tea"])
     assert len(reached) == 3
 
 
@@ -41,10 +41,10 @@ def test_vectors_are_normalised_and_tell_meanings_apart(text_encoder):
 
 
 def test_states_are_the_pooled_vector_then_each_token(text_encoder):
-    states = text_encoder.states("what music")
+    states = text_encoder.states_of(["what music"])[0]
     assert torch.allclose(states[0], text_encoder.vectors(["what music"])[0], atol=1e-5)
     assert len(states) == 1 + 4  # [CLS] what music [SEP]
-    assert len(text_encoder.states("")) == 1 + 2
+    assert len(text_encoder.states_of([""])[0]) == 1 + 2
     together = text_encoder.states_of(["what music", "a much longer instruction about all that a user buys"])
     assert torch.allclose(together[0], states, atol=1e-5)
 
@@ -61,7 +61,7 @@ def test_a_full_cache_drops_the_oldest_and_still_answers(counted):
 
 def test_forget_drops_both_caches(counted):
     encoder, _ = counted
-    encoder.vectors(["secret", "other"]), encoder.states("secret")
+    encoder.vectors(["secret", "other"]), encoder.states_of(["secret"])[0]
     encoder.forget(["secret", "never met"])
     assert list(encoder._vectors) == ["other"] and not encoder._states
 
