@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from persona.encoders import UserEncoder, UserTokens
     from persona.injection import PersonalizedLM
     from persona.serving import Answer, Persona
+    from persona.serving.wrap import wrap
     from persona.store import EventStore
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "Event", "EventStore", "History", "Persona", "PersonalizedLM", "UserEncoder", "UserTokens"]
+__all__ = ["Answer", "Event", "EventStore", "History", "Persona", "PersonalizedLM", "UserEncoder", "UserTokens", "wrap"]
 
 _HOME = {
     "Answer": "persona.serving",
@@ -32,6 +33,7 @@ _HOME = {
     "PersonalizedLM": "persona.injection",
     "UserEncoder": "persona.encoders",
     "UserTokens": "persona.encoders",
+    "wrap": "persona.serving.wrap",
 }
 
 

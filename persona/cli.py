@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from persona.errors import PersonaError
+from persona.errors import MissingExtraError, PersonaError
 
 app = typer.Typer(help="Gives any LLM call a user id.", no_args_is_help=True, pretty_exceptions_enable=False)
 lm = typer.Typer(help="The reference LM that stands in where no hub model can be downloaded.", no_args_is_help=True)
@@ -148,6 +148,65 @@ def demo(
     run_demo(adapter, question=question, engine=engine, say=_say)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    adapter: Annotated[str, typer.Option(envvar="PERSONA_ADAPTER", help="Folder or hub name of the adapter.")],
+    llm: Annotated[str | None, typer.Option(help="LLM, instead of the one the adapter names.")] = None,
+    store: Annotated[str | None, typer.Option(help="Database URL of the event store.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="YAML file that maps tenants to their API keys.")] = None,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="Secret that the tenants' cache salts are made from.")
+    ] = None,
+    jwt_key: Annotated[Path | None, typer.Option(help="File of the key that checks signed user tokens.")] = None,
+    jwt_algorithm: Annotated[str | None, typer.Option(help="Signature algorithm of user tokens.")] = None,
+    jwt_audience: Annotated[str | None, typer.Option(help="Audience that user tokens are made out to.")] = None,
+    budget_ms: Annotated[float | None, typer.Option(help="Milliseconds that encoding a user may take.")] = None,
+    max_body: Annotated[int | None, typer.Option(help="Longest request body in bytes.")] = None,
+    require_personalization: Annotated[
+        bool, typer.Option("--require-personalization", help="Answer 503 rather than plainly for a named user.")
+    ] = False,
+    upstream: Annotated[str | None, typer.Option(help="Be a gateway in front of the vLLM at this URL.")] = None,
+    upstream_key_file: Annotated[Path | None, typer.Option(help="File of the API key for the upstream vLLM.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 by default.")] = None,
+) -> None:
+    """Serves the LLM with user tokens: stock vLLM with our middleware, or a gateway in front of one.
+
+    All further arguments are vLLM's, such as --max-model-len 4096 or --config FILE. Settings left out here are read
+    from the environment (PERSONA_STORE, ...).
+    """
+    _quiet()
+    try:
+        from persona.serving.server.config import ServerConfig
+    except ImportError as error:
+        raise MissingExtraError(f"the server cannot be imported ({error}): pip install 'persona[serve]'") from error
+    from persona.serving.server.launch import serve_gateway, serve_vllm
+
+    config = ServerConfig.load(
+        adapter=adapter,
+        llm=llm,
+        store=store,
+        keys_file=keys,
+        secret_file=secret_file,
+        jwt_key_file=jwt_key,
+        jwt_algorithm=jwt_algorithm,
+        jwt_audience=jwt_audience,
+        budget_ms=budget_ms,
+        max_body=max_body,
+        require_personalization=require_personalization or None,
+        upstream=upstream,
+        upstream_key=_secret(upstream_key_file),
+    )
+    if config.upstream:
+        serve_gateway(config, context.args, host, port)
+        return
+    if upstream_key_file:
+        raise PersonaError("--upstream-key-file is for a gateway; give --upstream URL too")
+    listen = [f"--{name}={value}" for name, value in (("host", host), ("port", port)) if value is not None]
+    serve_vllm(config, [*listen, *context.args], say=_say)
+
+
 def _domain(recipe: Path, data: Path, strict: bool):
     from persona.training.recipe import Domain, load_recipe
 
@@ -167,6 +226,14 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+
+
+def _secret(file: Path | None) -> str | None:
+    """The text of a file that holds a secret, without the white space around it."""
+    try:
+        return file and file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PersonaError(f"{file} cannot be read: {error}") from None
 
 
 def _say(text: str) -> None:

@@ -25,6 +25,7 @@ from persona.demo.shop import generate_shop
 from persona.encoders import EncoderConfig, TextEncoder, UserEncoder, Vocabulary
 from persona.history import Event, History
 from persona.injection import PersonalizedLM, load_llm
+from persona.serving import VLLMEngine
 from persona.training.recipe import Domain, LMConfig, load_recipe
 from persona.training.reference_lm import train_tokenizer
 
@@ -171,4 +172,12 @@ def strange_history():
             Event("app", 4 * day, text="radio", item_id="radio"),
             Event("page", 5 * day),
         ),
+    )
+
+
+@pytest.fixture(scope="session")
+def engine(llm_path):
+    """One engine for the session, since starting one takes 20 seconds; its prefix cache is on."""
+    return VLLMEngine(
+        llm_path, max_model_len=512, max_num_seqs=8, enable_prefix_caching=True, kv_cache_memory_bytes=64 * 2**20
     )

@@ -39,6 +39,7 @@ class TextEncoder:
         self._lock = threading.Lock()
         self._vectors: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._states: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._forgotten = 0
 
     @property
     def dim(self) -> int:
@@ -62,6 +63,7 @@ class TextEncoder:
             for text in texts:
                 self._vectors.pop(text, None)
             self._states.clear()
+            self._forgotten += 1
 
     def _encode_vectors(self, texts: list[str]) -> list[torch.Tensor]:
         made = self.model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, batch_size=64)
@@ -75,12 +77,13 @@ class TextEncoder:
     def _cached(self, cache: OrderedDict, texts: Sequence[str], encode: Callable) -> dict[str, torch.Tensor]:
         """What `encode` makes of each distinct text, from the cache where it is known."""
         with self._lock:
-            found = {t: cache[t] for t in texts if t in cache}
+            found, forgotten = {t: cache[t] for t in texts if t in cache}, self._forgotten
         missing = [t for t in dict.fromkeys(texts) if t not in found]
         if missing:
             made = dict(zip(missing, encode(missing)))
             with self._lock:
-                cache.update(made)
+                if forgotten == self._forgotten:  # else one of these texts may be what was to be forgotten
+                    cache.update(made)
                 while len(cache) > (self.cache_size if cache is self._vectors else INSTRUCTIONS):
                     cache.popitem(last=False)
             found.update(made)

@@ -165,18 +165,22 @@ def provenance(domain: Domain, seed: int) -> dict:
     for user in sorted(domain.histories):
         for event in domain.histories[user].events:
             digest.update(repr((user, event)).encode())
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-        status = subprocess.run([*git[:3], "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-        commit += "-dirty" if status.strip() else ""
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     return {
         "command": "persona " + " ".join(sys.argv[1:]),
         "seed": seed,
-        "git_hash": commit,
+        "git_hash": git_hash(),
         "data_sha256": digest.hexdigest(),
         "versions": {name: version(name) for name in ("torch", "transformers", "persona")},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def git_hash() -> str:
+    """The commit of this code, marked where the working tree differs; "unknown" outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("-dirty" if status.strip() else "")

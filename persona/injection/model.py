@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from persona.encoders import UserEncoder, UserState
 from persona.encoders.features import EventBatch
@@ -22,6 +23,7 @@ from persona.injection.projector import Projector, mean_row_norm
 from persona.injection.soft_prompt import Messages, Prompt, PromptTemplate, last_user_turn
 
 IGNORE = -100
+_EMBEDDINGS = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,21 @@ class PersonalizedLM(nn.Module):
         return self.projector(torch.stack([t.tokens for t in tokens]))
 
     @torch.inference_mode()
+    def prompt_rows(self, prompt: Prompt, rows: torch.Tensor | None) -> torch.Tensor:
+        """The whole prompt as embeddings `[L, llm_width]`, its soft positions holding `rows` `[count, llm_width]`.
+
+        Raises `PersonaError` for an LLM loaded without weights whose embeddings were not found either.
+        """
+        embeddings = self.llm.get_input_embeddings()
+        if embeddings.weight.is_meta:
+            raise PersonaError(f"{self.adapter.base_model} was loaded without its embeddings; only chats can be asked")
+        ids = torch.tensor([i if token else 0 for i, token in zip(prompt.ids, prompt.is_token)])
+        embeds = embeddings(ids.to(embeddings.weight.device))
+        if prompt.count:
+            embeds[prompt.start : prompt.start + prompt.count] = rows.to(embeds)
+        return embeds
+
+    @torch.inference_mode()
     def generate(
         self,
         messages: Sequence[Messages],
@@ -213,7 +230,12 @@ class PersonalizedLM(nn.Module):
 
     @torch.inference_mode()
     def complete(self, prompts: Sequence[Prompt], rows: torch.Tensor | None, **kwargs) -> list[str]:
-        """Greedy completions of prompts whose soft positions hold `rows` `[S, llm_width]`, in order."""
+        """Greedy completions of prompts whose soft positions hold `rows` `[S, llm_width]`, in order.
+
+        Raises `PersonaError` if the LLM was loaded without its weights.
+        """
+        if any(p.is_meta for p in self.llm.parameters()):
+            raise PersonaError("the LLM was loaded without its weights, so it cannot answer; wrap() one that can")
         batch = self.collate(prompts)
         out = self.llm.generate(
             inputs_embeds=self.embed(rows, batch),
@@ -302,7 +324,8 @@ def base_model_path(adapter: Path, config: AdapterConfig) -> str:
 def load_llm(name: str | Path, *, weights: bool = True, **kwargs):
     """A causal LM and its tokenizer by name or path, in float32 unless told. Raises `CheckpointError`.
 
-    Without `weights` the LLM's parameters have shapes but no storage (torch's meta device).
+    Without `weights` the LLM's parameters have shapes but no storage (torch's meta device), except for its input
+    embeddings, which are mapped from the file and cost memory only where they are read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -311,6 +334,29 @@ def load_llm(name: str | Path, *, weights: bool = True, **kwargs):
         else:
             with torch.device("meta"):
                 llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+            _map_embeddings(llm, name)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the LLM {str(name)!r} cannot be loaded: {error}") from error
     return llm.eval(), tokenizer
+
+
+def _map_embeddings(llm: nn.Module, name: str | Path) -> None:
+    """Gives a shell its input embeddings, memory-mapped, if they lie in a safetensors file under the usual name."""
+    for file in ("model.safetensors.index.json", "model.safetensors"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path and file.endswith(".json"):
+            shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
+            found = [shards[key] for key in shards if key.endswith(_EMBEDDINGS)]
+            path = found and cached_file(name, found[0])
+        if path:
+            break
+    else:
+        return
+    with safe_open(path, "pt") as weights:
+        keys = [key for key in weights.keys() if key.endswith(_EMBEDDINGS)]  # noqa: SIM118
+        if not keys:
+            return
+        embeddings = llm.get_input_embeddings()
+        embeddings.weight = nn.Parameter(weights.get_tensor(keys[0]), requires_grad=False)
+    if hasattr(embeddings, "scalar_embed_scale"):  # Gemma's, which lies in a buffer
+        embeddings.embed_scale = torch.tensor(embeddings.scalar_embed_scale)

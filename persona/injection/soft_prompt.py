@@ -8,6 +8,7 @@ shared by all users.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,7 @@ class PromptTemplate:
             self.tokenizer.add_special_tokens({"additional_special_tokens": [PLACEHOLDER]})
         self.placeholder_id = self.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
         self.takes_parts = _takes_parts(self.tokenizer)
+        self._header, self._footer = self._around_user_turn()
 
     def prompt(self, messages: Messages, count: int = 0) -> Prompt:
         """The prompt up to where the answer starts, with `count` soft rows before the last user turn's text.
@@ -69,6 +71,35 @@ class PromptTemplate:
             )
         start = ids.index(self.placeholder_id)
         return Prompt(ids[:start] + [self.placeholder_id] * count + ids[start + 1 :], start, count)
+
+    def place(self, prompt: str | Sequence[int], count: int, *, add_special_tokens: bool = True) -> Prompt:
+        """An already rendered prompt, text or token ids, with `count` soft rows.
+
+        The rows stand where `prompt` would put them if the text is written in the LLM's chat template, that is where
+        the last user turn begins; otherwise they stand at the start, after the beginning-of-sequence token.
+        """
+        if isinstance(prompt, str):
+            self._check_text(prompt)
+            at, bos = self._turn(prompt), self.tokenizer.bos_token
+            if at is None:
+                at = len(bos) if bos and prompt.startswith(bos) else 0
+            text = prompt[:at] + PLACEHOLDER + self._joint + prompt[at:]
+            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            start, rest = ids.index(self.placeholder_id), ids.index(self.placeholder_id) + 1
+        else:
+            if self.placeholder_id in prompt:
+                raise PersonaError(f"the prompt contains {PLACEHOLDER}, which is reserved for user tokens")
+            header = self._after_special(self._header)
+            places = [i for i in range(len(prompt), 0, -1) if header and list(prompt[i - len(header) : i]) == header]
+            start = places[0] if places else int(bool(prompt) and prompt[0] == self.tokenizer.bos_token_id)
+            ids, rest = [*prompt[:start], *self._after_special(self._joint), *prompt[start:]], start
+        return Prompt([*ids[:start], *[self.placeholder_id] * count, *ids[rest:]], start, count)
+
+    def instruction(self, prompt: str | Sequence[int]) -> str:
+        """The last user turn of an already rendered prompt; all of its text if no turn can be made out."""
+        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt))
+        at = self._turn(text)
+        return text if at is None else text[at:].partition(self._footer)[0] if self._footer else text[at:]
 
     def answer(self, messages: Messages, answer: str) -> list[int]:
         """Token ids of `answer` as the template writes it after the prompt, with the end-of-turn tokens."""
@@ -92,6 +123,44 @@ class PromptTemplate:
         return self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=generation, tokenize=tokenize, return_dict=False
         )
+
+    @property
+    def _joint(self) -> str:
+        """What stands between the soft rows and the text of the turn."""
+        return "" if self.takes_parts else "\n"
+
+    def _after_special(self, text: str) -> list[int]:
+        """Token ids of `text` where it follows a special token, and not at the beginning, which may add a space."""
+        return self.tokenizer.encode(PLACEHOLDER + text, add_special_tokens=False)[1:]
+
+    def _turn(self, text: str) -> int | None:
+        """Where the last user turn of a rendered prompt begins."""
+        at = text.rfind(self._header) if self._header else -1
+        return None if at < 0 else at + len(self._header)
+
+    def _around_user_turn(self) -> tuple[str, str]:
+        """What the chat template writes right before and after a user's text; empty if it cannot be told."""
+        first, second = "first_user_text", "second_user_text"
+        chat = [{"role": "user", "content": first}, {"role": "assistant", "content": "reply"}]
+        try:
+            text = self._render([*chat, {"role": "user", "content": second}], True, tokenize=False)
+        except Exception:  # a template may raise whatever it likes on a chat that it does not know
+            return "", ""
+        if text.count(first) != 1 or text.count(second) != 1:
+            return "", ""
+        before, rest = text.split(first)
+        between, after = rest.split(second)
+        return self._ending(before, between), _prefix([between, after])
+
+    def _ending(self, *texts: str) -> str:
+        """The common ending of texts, without the special tokens that end a turn or begin a sequence."""
+        for special in filter(None, (self.tokenizer.bos_token, self.tokenizer.eos_token)):
+            texts = [text.replace(special, "") for text in texts]
+        return _prefix([text[::-1] for text in texts])[::-1]
+
+    def _check_text(self, text: str) -> None:
+        if PLACEHOLDER in text:
+            raise PersonaError(f"the prompt contains {PLACEHOLDER}, which is reserved for user tokens")
 
     def _with_placeholder(self, messages: list[dict]) -> list[dict]:
         last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
@@ -124,6 +193,11 @@ def last_user_turn(messages: Messages) -> str:
     if not turns:
         raise PersonaError("there is no user turn; give an instruction or a message of role user")
     return turns[-1]
+
+
+def _prefix(texts: Sequence[str]) -> str:
+    """The common beginning of texts, character by character."""
+    return os.path.commonprefix(list(texts))  # noqa: RUF071
 
 
 def _takes_parts(tokenizer) -> bool:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from persona.encoders import UserState, UserTokens
-from persona.encoders.features import event_rows
 from persona.errors import PersonaError
-from persona.history import Event, History
+from persona.history import Event
 from persona.injection.model import PersonalizedLM
 from persona.injection.soft_prompt import Messages, last_user_turn
+from persona.serving.personalizer import Personalizer
+from persona.serving.states import UserStates
 from persona.serving.vllm_offline import VLLMEngine
 from persona.store import EventStore
 
@@ -33,19 +31,8 @@ class Answer:
     """True when only the newest events of a long history were read."""
 
 
-class _Known(NamedTuple):
-    """A cached state, and what of the store it was made from."""
-
-    revision: int
-    events: tuple[Event, ...]
-    state: UserState
-
-
 class Persona:
-    """A store of events, an adapter, and an LLM that runs in Hugging Face or in vLLM.
-
-    States are cached by user and store revision: a new event extends the cached state and nothing is encoded twice.
-    """
+    """A store of events, an adapter, and an LLM that runs in Hugging Face or in vLLM."""
 
     def __init__(
         self,
@@ -57,9 +44,8 @@ class Persona:
         cache_size: int = 10_000,
     ):
         self.model, self.store, self.engine, self.tenant = model.eval(), store, engine, tenant
-        self.cache_size = cache_size
-        self._states: OrderedDict[str, _Known] = OrderedDict()
-        self._lock = threading.RLock()
+        self.states = UserStates(model.encoder, store, cache_size)
+        self.personalizer = Personalizer(model, self.states)
 
     @classmethod
     def from_pretrained(
@@ -68,20 +54,24 @@ class Persona:
         llm: str | Path | None = None,
         *,
         store: str | EventStore = "sqlite:///persona.db",
-        engine: str = "transformers",
+        engine: str | None = "transformers",
         tenant: str = "default",
         **kwargs,
     ) -> Persona:
         """Loads an adapter and its LLM; `engine` is "transformers" or "vllm", and `kwargs` go to it.
 
-        Raises `CheckpointError` for what cannot be loaded, and `PersonaError` for another engine.
+        With the engine None only the tokenizer and the input embeddings of the LLM are read: enough to personalise
+        requests to an LLM that runs elsewhere (`persona.wrap`), not to answer. Raises `CheckpointError` for what
+        cannot be loaded, and `PersonaError` for another engine.
         """
-        if engine not in ("transformers", "vllm"):
-            raise PersonaError(f'engine is "transformers" or "vllm", not {engine!r}')
+        if engine not in ("transformers", "vllm", None):
+            raise PersonaError(f'engine is "transformers", "vllm" or None, not {engine!r}')
         store = EventStore(store) if isinstance(store, str) else store
         if engine == "transformers":
             return cls(PersonalizedLM.from_pretrained(adapter, llm, **kwargs), store, tenant=tenant)
         model = PersonalizedLM.from_pretrained(adapter, llm, llm_weights=False)
+        if engine is None:
+            return cls(model, store, tenant=tenant)
         if model.adapter.lora:
             raise PersonaError(f"{adapter} has a LoRA, which the vLLM engine does not load: use engine='transformers'")
         return cls(model, store, VLLMEngine(model.adapter.base_model, **kwargs), tenant=tenant)
@@ -92,35 +82,7 @@ class Persona:
 
     def state(self, user: str) -> UserState | None:
         """The user's cached state, brought up to date; None for a user without events."""
-        with self._lock:
-            revision = self.store.revision(user, tenant=self.tenant)
-            if not revision:
-                self._states.pop(user, None)
-                return None
-            known = self._states.get(user)
-            if known and known.revision == revision:
-                self._states.move_to_end(user)
-                return known.state
-            encoder = self.model.encoder
-            history = self.store.history(user, last=encoder.config.max_events + 1, tenant=self.tenant)
-            state = self._extended(known, history) if known else None
-            state = state or encoder.encode([history])[0]
-            self._states[user] = _Known(revision, history.events, state)
-            self._states.move_to_end(user)
-            while len(self._states) > self.cache_size:
-                self._states.popitem(last=False)
-            return state
-
-    def _extended(self, known: _Known, history: History) -> UserState | None:
-        """The old state continued by newer events, or None where only encoding again is right."""
-        size, encoder = len(known.events), self.model.encoder
-        new = history.events[size:]
-        # The old events themselves are compared: one may have come late, or all been forgotten by another process.
-        if history.events[:size] != known.events or any(e.timestamp is None for e in new):
-            return None
-        if known.state.truncated or len(history.timed) > encoder.config.max_events:
-            return None
-        return encoder.extend(known.state, new)
+        return self.states.get(user, tenant=self.tenant)
 
     def tokens(self, user: str, instruction: str, count: int | None = None) -> UserTokens | None:
         """User tokens `[K, d]` for an instruction; None for a user without events."""
@@ -170,9 +132,4 @@ class Persona:
 
     def forget(self, user: str) -> int:
         """Erases the user's events, cached states and cached texts; returns how many events there were."""
-        with self._lock:
-            history = self.store.history(user, tenant=self.tenant)
-            self._states.pop(user, None)
-            encoder = self.model.encoder
-            encoder.text_encoder.forget([row.text for row in event_rows(history.events, encoder.vocabulary)])
-            return self.store.forget(user, tenant=self.tenant)
+        return self.states.forget(user, tenant=self.tenant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,6 @@ class VLLMEngine:
             }
         self._sampling = vllm.SamplingParams
         self.engine = vllm.LLM(model=str(model), **{**options, **kwargs})
-        self.width = self.engine.llm_engine.model_config.get_hidden_size()
 
     def complete(
         self, prompts: Sequence[Prompt], rows: torch.Tensor | None, *, max_new_tokens: int = 32, **kwargs
@@ -66,22 +66,28 @@ class VLLMEngine:
             raise PersonaError(f"the prompts have room for {room} soft rows, but there are {found}")
         inputs, used = [], 0
         for prompt in prompts:
-            if not prompt.count:
-                inputs.append({"prompt_token_ids": prompt.ids})
-                continue
-            inputs.append(self._input(prompt, rows[used : used + prompt.count]))
+            own = rows[used : used + prompt.count] if prompt.count else None
+            inputs.append(vllm_input(self.engine, prompt, own))
             used += prompt.count
         return inputs
 
-    def _input(self, prompt: Prompt, rows: torch.Tensor) -> dict:
-        rows = rows.to("cpu", self.engine.llm_engine.model_config.dtype)  # in which a small row may become zero
-        check_rows(rows, self.width)
-        is_token = prompt.is_token
-        embeds = rows.new_zeros(len(prompt.ids), self.width)
-        embeds[prompt.start : prompt.start + prompt.count] = rows
-        # The placeholder's id may lie beyond the LLM's vocabulary; at soft positions the id is never looked at.
-        ids = [i if token else 0 for i, token in zip(prompt.ids, is_token)]
-        return {"prompt_embeds": embeds, "prompt_token_ids": ids, "prompt_is_token_ids": is_token}
+
+def vllm_input(llm, prompt: Prompt, rows: torch.Tensor | None) -> dict:
+    """One prompt with its soft rows `[count, llm_width]` as the `generate` of a `vllm.LLM` takes it.
+
+    Raises `PersonaError`, see `check_rows`.
+    """
+    if not prompt.count:
+        return {"prompt_token_ids": prompt.ids}
+    config = llm.llm_engine.model_config
+    rows = rows.to("cpu", config.dtype)  # in which a small row may become zero
+    check_rows(rows, config.get_hidden_size())
+    is_token = prompt.is_token
+    embeds = rows.new_zeros(len(prompt.ids), rows.shape[1])
+    embeds[prompt.start : prompt.start + prompt.count] = rows
+    # The placeholder's id may lie beyond the LLM's vocabulary; at soft positions the id is never looked at.
+    ids = [i if token else 0 for i, token in zip(prompt.ids, is_token)]
+    return {"prompt_embeds": embeds, "prompt_token_ids": ids, "prompt_is_token_ids": is_token}
 
 
 def check_rows(rows: torch.Tensor, width: int) -> None:
@@ -105,6 +111,7 @@ def import_vllm():
         import vllm
     except ImportError as error:
         raise MissingExtraError(f"vLLM cannot be imported ({error}): pip install 'persona[vllm]'") from error
+    _mind_llvmlite()
     from packaging.version import Version
 
     if not Version(TESTED[0]) <= Version(vllm.__version__) < Version(TESTED[1]):
@@ -112,3 +119,13 @@ def import_vllm():
             f"vLLM {vllm.__version__} is not tested; install one from {TESTED[0]} up to, not including, {TESTED[1]}"
         )
     return vllm
+
+
+def _mind_llvmlite() -> None:
+    """Lets vLLM start on a CPU after numba was imported, by bm25s for example.
+
+    vLLM 0.32 looks through `vars()` of all that any module holds (triton_utils/dispatcher.py). llvmlite's library
+    object answers every name with a C function, `__dict__` too, and vLLM stops.
+    """
+    if ffi := sys.modules.get("llvmlite.binding.ffi"):
+        ffi.lib._fntab["__dict__"] = {}

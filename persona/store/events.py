@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -44,9 +47,11 @@ class EventStore:
 
     Safe to share between threads; several processes may open the same database. Every method raises `EventError`
     for a bad user id and `PersonaError` when the database cannot be used.
+
+    `timeout`: seconds that an operation waits for others to release SQLite's lock.
     """
 
-    def __init__(self, url: str = "sqlite:///persona.db"):
+    def __init__(self, url: str = "sqlite:///persona.db", *, timeout: float = 30.0):
         self.url = _parse(url)
         self._name = self.url.database or "in memory"
         # A password may stand in the query too (?password=), so messages show neither.
@@ -61,11 +66,18 @@ class EventStore:
             raise PersonaError(f"{shown!r} needs a driver: pip install 'persona[postgres]' ({error})") from error
         self._sqlite = self._engine.dialect.name == "sqlite"
         if self._sqlite:
-            sa.event.listen(self._engine, "connect", _set_pragmas)
+            sa.event.listen(self._engine, "connect", partial(_set_pragmas, timeout))
+        self._timeout, self._inode = timeout, None
         with self._begin() as connection:
             connection.execute(CreateTable(_events, if_not_exists=True))
             for index in _events.indexes:
                 connection.execute(CreateIndex(index, if_not_exists=True))
+        self._inode = self._found_inode()
+
+    def check(self) -> None:
+        """Raises `PersonaError` unless the database answers."""
+        with self._begin() as connection:
+            connection.execute(sa.select(_events.c.seq).limit(1))
 
     def append(self, user: str, events: Iterable[Event | Mapping[str, Any]], *, tenant: str = "default") -> int:
         """Stores all events or none, and returns how many were new.
@@ -168,17 +180,35 @@ class EventStore:
         # when it moved cells to another page. VACUUM builds all pages anew; the log still holds the old ones.
         with self._begin(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("VACUUM")
-            busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
-        if busy:
-            raise PersonaError(f"{self._name}: deleted, but a reader keeps the log from being erased; call again")
+            end = time.monotonic() + self._timeout
+            # SQLite itself waits for readers here, but not for another connection's checkpoint.
+            while connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]:
+                if time.monotonic() > end:
+                    raise PersonaError(
+                        f"{self._name}: deleted, but a reader keeps its log from being erased; call again"
+                    )
+                time.sleep(0.01)
 
     def _of(self, user: str, tenant: str) -> sa.ColumnElement[bool]:
         check_user(user)
         _check_tenant(tenant)
         return sa.and_(_events.c.tenant == tenant, _events.c.user_id == user)
 
+    def _found_inode(self) -> int | None:
+        """What tells SQLite's file from another of the same name; None where there is no file."""
+        database = self.url.database
+        if not self._sqlite or database in (None, "", ":memory:") or database.startswith("file:"):
+            return None
+        try:
+            return os.stat(database).st_ino
+        except OSError:
+            return None
+
     @contextmanager
     def _begin(self, **options: Any) -> Iterator[sa.Connection]:
+        if self._inode is not None and self._found_inode() != self._inode:
+            # SQLite would go on with the deleted file, and all that is written would be lost.
+            raise PersonaError(f"the event store {self._name} was removed or replaced; open the store again")
         try:
             with self._engine.execution_options(**options).begin() as connection:
                 yield connection
@@ -206,9 +236,9 @@ def _pool(url: sa.URL) -> dict[str, Any]:
     return {**one, "connect_args": {"check_same_thread": False}}
 
 
-def _set_pragmas(connection, record) -> None:
+def _set_pragmas(timeout: float, connection, record) -> None:
     cursor = connection.cursor()
-    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
+    for pragma in (f"busy_timeout={int(timeout * 1000)}", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

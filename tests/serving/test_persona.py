@@ -153,7 +153,7 @@ def test_forget_erases_store_state_and_texts(persona, tmp_path):
     assert {"a secret query", "city: Hiddenham", "kept"} <= set(cached)
     assert persona.forget("u") == 2 and persona.forget("u") == 0
     assert not {"a secret query", "city: Hiddenham"} & set(cached) and "kept" in cached
-    assert persona.state("u") is None and "u" not in persona._states and persona.store.count("u") == 0
+    assert persona.state("u") is None and ("default", "u") not in persona.states and persona.store.count("u") == 0
     assert all(b"secret" not in p.read_bytes() for p in tmp_path.glob("events.db*"))
     assert not persona.generate("u", ASK).personalized and persona.generate("v", ASK).personalized
 
@@ -189,7 +189,7 @@ def test_the_cache_is_bounded_and_drops_the_longest_unused(model, store):
     for user in ("a", "b", "c"):
         persona.observe(user, search(1, user))
     persona.state("a"), persona.state("b"), persona.state("a"), persona.state("c")
-    assert list(persona._states) == ["a", "c"]
+    assert ("default", "a") in persona.states and ("default", "c") in persona.states and len(persona.states) == 2
 
 
 def test_from_pretrained(model, tmp_path, llm_path, shop_histories):
@@ -225,7 +225,13 @@ def test_without_the_weights_of_the_llm_user_tokens_and_prompts_are_the_same(per
     states = model.encoder.encode(shop_histories)
     assert torch.equal(shell.soft_rows(states, ["?"] * 3), model.soft_rows(states, ["?"] * 3))
     assert shell.template.prompt("hello", 2) == model.template.prompt("hello", 2)
-    assert all(p.is_meta for p in shell.llm.parameters())
+    held = [name for name, p in shell.llm.named_parameters() if not p.is_meta]
+    assert held == ["model.embed_tokens.weight"]
+    prompt = model.template.prompt("hello", 2)
+    rows = model.soft_rows(states[:1], ["?"], 2)[0]
+    assert torch.equal(shell.prompt_rows(prompt, rows), model.prompt_rows(prompt, rows))
+    with pytest.raises(PersonaError, match="without its weights"):
+        shell.generate(["hello"])
 
 
 def test_events_that_the_adapter_cannot_read_do_not_count_as_personalised(persona):

@@ -5,7 +5,7 @@ import torch
 
 from persona.errors import PersonaError
 from persona.history import Event
-from persona.serving import Persona, VLLMEngine
+from persona.serving import Persona
 from persona.store import EventStore
 
 pytestmark = pytest.mark.vllm
@@ -14,14 +14,6 @@ ASK = "What does this user buy most?"
 LONG = "Please think about all that you know, and say in one word: which app does this user open most of all?"
 SYSTEM = {"role": "system", "content": "You answer questions of a shop about its users. " * 3}
 NEW = 12
-
-
-@pytest.fixture(scope="session")
-def engine(llm_path):
-    """One engine for the session, since starting one takes 20 seconds; its prefix cache is on."""
-    return VLLMEngine(
-        llm_path, max_model_len=512, max_num_seqs=8, enable_prefix_caching=True, kv_cache_memory_bytes=64 * 2**20
-    )
 
 
 @pytest.fixture

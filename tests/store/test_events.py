@@ -4,7 +4,10 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from random import Random
 
 import pytest
@@ -182,18 +185,34 @@ def _holds(folder, *words):
     return {word for word in words if word.encode() in content}
 
 
-def test_forget_does_not_claim_what_a_reader_prevents(path, tmp_path, store):
+def test_forget_does_not_claim_what_a_reader_prevents(path, tmp_path):
+    store = EventStore(f"sqlite:///{path}", timeout=0.05)
     store.append("u", [event(1, text="secret")])
     reader = sqlite3.connect(path, isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM persona_events").fetchall()
-    sa.event.listen(store._engine, "checkout", lambda dbapi, *_: dbapi.execute("PRAGMA busy_timeout=50"))
     with pytest.raises(PersonaError, match="call again"):
         store.forget("u")
     assert store.count("u") == 0
     reader.close()
     assert store.forget("u") == 0
     assert _holds(tmp_path, "secret") == set()
+
+
+def test_users_are_forgotten_by_many_threads_while_others_write(tmp_path, store):
+    users = [f"user-{n:02}" for n in range(24)]
+    for user in users:
+        store.append(user, [event(n, text=f"secret of {user}") for n in range(5)])
+
+    def work(user):
+        for turn in range(3):
+            store.append(f"kept-{user}", [event(turn, text=f"{user} is kept")])
+        return store.forget(user)
+
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(work, users)) == [5] * 24
+    assert _holds(tmp_path, *(f"secret of {user}" for user in users)) == set()
+    assert len(store.users()) == 24
 
 
 def test_an_unfinished_export_does_not_hold_up_forget(store):
@@ -250,6 +269,54 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(path):
     assert set(stored[::3]) >= set(acknowledged) and len(stored) // 3 <= len(acknowledged) + 1
     assert store.append("u", [event(1, "after")]) == 1
     assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_locked_database_is_waited_for_no_longer_than_said(path):
+    with EventStore(f"sqlite:///{path}", timeout=0.2) as store:
+        store.append("u", [event(1)])
+        store.close()
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        started = time.monotonic()
+        for call in (store.check, lambda: store.history("u"), lambda: store.append("u", [event(2)])):
+            with pytest.raises(PersonaError, match="database is locked"):
+                call()
+        assert 0.5 < time.monotonic() - started < 5
+        other.close()
+        store.check()
+        assert store.append("u", [event(2)]) == 1
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_is_removed_or_replaced_is_noticed(tmp_path, path, store, replaced):
+    store.append("u", [event(1)])
+    store.check()
+    for file in tmp_path.glob("events.db*"):
+        file.unlink()
+    if replaced:
+        EventStore(f"sqlite:///{path}").append("u", [event(2)])
+    calls = [store.check, store.users, lambda: store.append("u", [event(2)]), lambda: list(store.export("u"))]
+    for call in [*calls, *(partial(getattr(store, n), "u") for n in ("history", "count", "revision", "forget"))]:
+        with pytest.raises(PersonaError, match="was removed or replaced"):
+            call()
+
+
+def test_a_folder_that_becomes_a_file_is_noticed(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    store = EventStore(f"sqlite:///{folder / 'events.db'}")
+    folder.rename(tmp_path / "away")
+    folder.write_text("")
+    with pytest.raises(PersonaError, match="was removed or replaced"):
+        store.check()
+
+
+def test_a_database_in_memory_is_always_there():
+    with EventStore("sqlite://") as store:
+        store.append("u", [event(1)])
+        store.check()
+        assert store.count("u") == 1
 
 
 def test_sqlite_is_set_up_to_lose_and_leave_nothing(store):

@@ -1,0 +1,214 @@
+"""Throughput and latency of personalised calls against plain ones and against the history as text, interleaved.
+
+    python benchmarks/serving/load.py --data build/fresh --out benchmarks/results/serving.json
+
+Also what a cold user costs, what memory the plug-in adds, and how long it holds up the event loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import re
+import sys
+import tempfile
+import time
+from itertools import count
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import LLM, QUESTIONS, SYSTEM, VLLM_FLAGS, history_text, plain_vllm, server, shop_histories, write
+from transformers import AutoTokenizer
+
+from persona.evaluation.intervals import interval
+from persona.history import event_to_dict
+
+KINDS = ("plain", "personalised", "text_400")
+HISTORY_TOKENS = 400
+COLD_EVENTS = 500
+
+
+async def main(args: argparse.Namespace) -> None:
+    """All measurements, one server after the other."""
+    histories = shop_histories(args.data, args.users)
+    tokenizer = AutoTokenizer.from_pretrained(LLM)
+    texts = {user: history_text(history, tokenizer, HISTORY_TOKENS) for user, history in histories.items()}
+    result: dict = {"n": {"users": len(histories), "rounds": args.rounds, "new_tokens": args.new_tokens}}
+    with tempfile.TemporaryDirectory() as folder:
+        with server(
+            ["--store", f"sqlite:///{folder}/persona.db", *VLLM_FLAGS, "--disable-uvicorn-access-log"]
+        ) as found:
+            async with aiohttp.ClientSession(found.url) as session:
+                await store(session, histories)
+                before = found.memory()
+                await warm(session, histories)
+                load = Load(session, list(histories), texts, args)
+                result["concurrency"] = {str(c): await load.compare(c) for c in args.concurrency}
+                result["cold_user"] = await cold(session, histories)
+                result["plug_in"] = plug_in(await (await session.get("/persona/metrics")).text())
+                with_plug_in = {"idle_mib": round(before), "after_load_mib": round(found.memory())}
+        with plain_vllm([*VLLM_FLAGS, "--disable-uvicorn-access-log"]) as found:
+            async with aiohttp.ClientSession(found.url) as session:
+                await Load(session, list(histories), texts, args).run("plain", 32, 320)
+            memory = {
+                "plain_after_load_mib": round(found.memory()),
+                **{f"plug_in_{k}": v for k, v in with_plug_in.items()},
+            }
+        result["memory"] = {**memory, "added_mib": memory["plug_in_after_load_mib"] - memory["plain_after_load_mib"]}
+    write(args.out, result, args.seed)
+
+
+class Load:
+    """Closed-loop load: so many callers, each with one call at a time."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, users: list[str], texts: dict[str, str], args: argparse.Namespace
+    ):
+        self.session, self.users, self.texts, self.args = session, users, texts, args
+        self.random, self.turn = random.Random(args.seed), count()
+
+    async def compare(self, concurrency: int) -> dict:
+        """Rounds of all kinds in random order; each kind's figures and their ratios, round by round."""
+        calls = max(24, 10 * concurrency)
+        rounds: list[dict[str, tuple[float, float, int]]] = []
+        for _ in range(self.args.rounds):
+            rounds.append({kind: await self.run(kind, concurrency, calls) for kind in self.random.sample(KINDS, 3)})
+        table: dict = {"calls_per_round": calls}
+        for kind in KINDS:
+            rates, latencies, tokens = zip(*(r[kind] for r in rounds))
+            table[kind] = {
+                "requests_per_second": round(float(np.median(rates)), 1),
+                "median_latency_ms": round(float(np.median(latencies)), 1),
+                "prompt_tokens": round(float(np.mean(tokens))),
+            }
+        for name, other in (("to_plain", "plain"), ("to_text_400", "text_400")):
+            table[f"throughput_{name}"] = self._summary([r["personalised"][0] / r[other][0] for r in rounds])
+        table["added_latency_ms"] = self._summary([r["personalised"][1] - r["plain"][1] for r in rounds])
+        print(f"{concurrency} callers: {table}", flush=True)
+        return table
+
+    def _summary(self, values: list[float]) -> dict:
+        data = np.array(values)
+        low, high = interval(data, lambda v: np.median(v), seed=self.args.seed)
+        return {"median": round(float(np.median(data)), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
+
+    async def run(self, kind: str, concurrency: int, calls: int) -> tuple[float, float, int]:
+        """Calls a second, the median latency in ms, and the mean prompt tokens, of one kind of call."""
+        todo, latencies, tokens = iter(range(calls)), [], []
+
+        async def caller() -> None:
+            for _ in todo:
+                # In turn, so that a user's own prompt has left the prefix cache when the user comes again.
+                number = next(self.turn)
+                body = self._body(kind, self.users[number % len(self.users)], QUESTIONS[number % 2])
+                start = time.perf_counter()
+                answer, headers = await post(self.session, "/v1/chat/completions", body)
+                latencies.append(time.perf_counter() - start)
+                tokens.append(answer["usage"]["prompt_tokens"])
+                if kind == "personalised" and headers["x-persona"] != "personalized":
+                    raise SystemExit(f"answered plainly: {headers.get('x-persona-reason')}")
+
+        start = time.perf_counter()
+        await asyncio.gather(*(caller() for _ in range(concurrency)))
+        return calls / (time.perf_counter() - start), float(np.median(latencies)) * 1000, float(np.mean(tokens))
+
+    def _body(self, kind: str, user: str, question: str) -> dict:
+        if kind == "text_400":
+            question = f"{self.texts[user]}\n{question}"
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        body = {
+            "model": LLM,
+            "messages": messages,
+            "max_tokens": self.args.new_tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+        }
+        return {**body, "user": user} if kind == "personalised" else body
+
+
+async def store(session: aiohttp.ClientSession, histories: dict) -> None:
+    """Appends all histories through the user API."""
+    for user, history in histories.items():
+        events = [event_to_dict(event) for event in history.events]
+        await post(session, "/persona/v1/events", {"user": user, "events": events})
+
+
+async def warm(session: aiohttp.ClientSession, histories: dict) -> None:
+    """One short call for each user, so that all states are cached."""
+    for user in histories:
+        messages = [{"role": "user", "content": QUESTIONS[0]}]
+        await post(session, "/v1/chat/completions", {"model": LLM, "messages": messages, "max_tokens": 1, "user": user})
+
+
+async def cold(session: aiohttp.ClientSession, histories: dict) -> dict:
+    """Calls for users with 500 events whose state is not cached, with known and with new texts."""
+    events = [event_to_dict(e) for history in list(histories.values())[:20] for e in history.events if e.timestamp]
+    times: dict[str, list[float]] = {"known_texts": [], "new_texts": [], "cached_after": [], "storing_500_events": []}
+    for number in range(10):
+        for name in ("known_texts", "new_texts"):
+            user, own = f"cold {name} {number}", []
+            for i, event in enumerate(events[number : number + COLD_EVENTS]):
+                text = event["text"] if name == "known_texts" else f"{event['text']} {number} {i}"
+                own.append({**event, "timestamp": 1.7e9 + i, "text": text})
+            start = time.perf_counter()
+            await post(session, "/persona/v1/events", {"user": user, "events": own})
+            times["storing_500_events"].append(time.perf_counter() - start)
+            body = {
+                "model": LLM,
+                "messages": [{"role": "user", "content": QUESTIONS[0]}],
+                "max_tokens": 1,
+                "user": user,
+            }
+            for kind in (name, "cached_after"):
+                start = time.perf_counter()
+                _, headers = await post(session, "/v1/chat/completions", body)
+                times[kind].append(time.perf_counter() - start)
+                if headers["x-persona"] != "personalized":
+                    raise SystemExit(f"{name}: answered plainly: {headers.get('x-persona-reason')}")
+    return {"events": COLD_EVENTS, **{f"{k}_ms": round(float(np.median(v)) * 1000, 1) for k, v in times.items()}}
+
+
+def plug_in(metrics: str) -> dict:
+    """What the plug-in's own metrics say after all this."""
+    value = {
+        m[1]: float(m[2]) for m in re.finditer(r"^(\S+?)(?:\{\})? (\S+)$", metrics, re.M) if not m[1].endswith("}")
+    }
+    mean = {
+        n: 1000 * value[f"persona_{n}_seconds_sum"] / value[f"persona_{n}_seconds_count"]
+        for n in ("encode", "overhead")
+    }
+    return {
+        "calls": int(value["persona_overhead_seconds_count"]),
+        "mean_encode_ms": round(mean["encode"], 2),
+        "mean_overhead_ms": round(mean["overhead"], 2),
+        "longest_stretch_on_event_loop_ms": round(1000 * value["persona_event_loop_longest_seconds"], 2),
+    }
+
+
+async def post(session: aiohttp.ClientSession, path: str, body: dict) -> tuple[dict, dict]:
+    """The JSON that a call gives, and its headers."""
+    async with session.post(path, json=body) as response:
+        if response.status != 200:
+            raise SystemExit(f"{path}: {response.status} {await response.text()}")
+        return await response.json(), response.headers
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="records of a shop (`persona data shop --seed 1`)")
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--users", type=int, default=300, help="more than whose prompts the KV cache holds")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(arguments()))

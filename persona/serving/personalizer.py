@@ -1,0 +1,149 @@
+"""`Personalizer` puts a user's soft rows into the body of an OpenAI request, as stock vLLM takes them.
+
+Used by the server plug-in, the gateway and the client alike, so that the same request gives the same tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from persona.encoders import UserState
+from persona.errors import PersonaError
+from persona.injection.model import PersonalizedLM
+from persona.serving.combined import Combined
+from persona.serving.states import UserStates
+from persona.serving.vllm_offline import check_rows
+
+CHAT, COMPLETION = "/chat/completions", "/completions"
+"""Endings of the two routes that can be personalised."""
+
+REASONS = {
+    "no-user": "no user was named",
+    "unknown-user": "this user has no events",
+    "unknown-sources": "none of this user's events is of a source that the adapter knows",
+    "no-user-turn": "there is no user turn to put the user tokens before",
+    "echo": "vLLM cannot echo a prompt that holds embeddings",
+    "suffix": "vLLM cannot take a suffix beside embeddings",
+    "timeout": "encoding the user took longer than the budget",
+    "busy": "too many users are being encoded",
+    "failed": "the store or the encoder failed",
+}
+"""Why a call is answered plainly: the word in headers and metrics, and what it means."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request."""
+
+    personalized: bool
+    """Whether the user has a part in the answer."""
+    reason: str | None = None
+    """A key of `REASONS`, when the answer is plain."""
+    truncated: bool = False
+    """True when only the newest events of a long history were read."""
+
+
+class Personalizer:
+    """Soft rows for (user, instruction) pairs, and request bodies that hold them. Safe to share between threads."""
+
+    def __init__(self, model: PersonalizedLM, states: UserStates):
+        self.model, self.states = model, states
+        self._made = Combined(self._make, states.patience)
+
+    def rows(
+        self, user: str | None, instructions: Sequence[str], count: int | None = None, *, tenant: str = "default"
+    ) -> tuple[torch.Tensor | None, Outcome]:
+        """Soft rows `[len(instructions), count, llm_width]` on the CPU, or None and the reason.
+
+        Raises what the store and the encoder raise, and `PersonaError` for rows that would harm the engine.
+        """
+        if user is None:
+            return None, Outcome(False, "no-user")
+        state = self.states.get(user, tenant=tenant)
+        if state is None:
+            return None, Outcome(False, "unknown-user")
+        if len(state.states) == 1:  # the start state alone
+            return None, Outcome(False, "unknown-sources", state.truncated)
+        rows = torch.stack([self._made((state, text)) for text in instructions])[:, :count]
+        check_rows(rows.flatten(0, 1), self.model.adapter.llm_width)
+        return rows, Outcome(True, truncated=state.truncated)
+
+    def _make(self, pairs: Sequence[tuple[UserState, str]]) -> torch.Tensor:
+        """All K soft rows of each (state, instruction) pair, `[B, K, llm_width]`."""
+        return self.model.soft_rows([state for state, _ in pairs], [text for _, text in pairs]).cpu()
+
+    def chat(
+        self, body: dict, user: str | None, *, instruction: str | None = None, count: int | None = None, **tenant
+    ) -> tuple[dict, Outcome]:
+        """A chat request whose last user turn opens with the user's rows as a `prompt_embeds` part.
+
+        The body is returned unchanged when the outcome is plain. `instruction` defaults to that turn's text.
+        """
+        messages = body.get("messages")
+        turns = [i for i, m in enumerate(messages or []) if isinstance(m, dict) and m.get("role") == "user"]
+        if not turns or not isinstance(messages[turns[-1]].get("content"), (str, list)):
+            return body, Outcome(False, "no-user-turn")
+        if body.get("echo"):  # vLLM then asks for prompt logprobs, which stop the engine beside embeddings
+            return body, Outcome(False, "echo")
+        turn = messages[turns[-1]]
+        content = turn["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        rows, outcome = self.rows(user, [instruction or _text(parts)], count, **tenant)
+        if rows is None:
+            return body, outcome
+        turn = {**turn, "content": [{"type": "prompt_embeds", "data": encode_rows(rows[0])}, *parts]}
+        return {**body, "messages": [*messages[: turns[-1]], turn, *messages[turns[-1] + 1 :]]}, outcome
+
+    def completion(
+        self, body: dict, user: str | None, *, instruction: str | None = None, count: int | None = None, **tenant
+    ) -> tuple[dict, Outcome]:
+        """A completion request whose prompts are embeddings that hold the user's rows; see `PromptTemplate.place`.
+
+        The body is returned unchanged when the outcome is plain. `instruction` defaults to each prompt's last user
+        turn.
+        """
+        for name in ("echo", "suffix"):
+            if body.get(name):
+                return body, Outcome(False, name)
+        prompts, template = _prompts(body.get("prompt")), self.model.template
+        if not prompts:
+            return body, Outcome(False, "no-user-turn")
+        rows, outcome = self.rows(user, [instruction or template.instruction(p) for p in prompts], count, **tenant)
+        if rows is None:
+            return body, outcome
+        special = body.get("add_special_tokens", True)
+        placed = [template.place(p, rows.shape[1], add_special_tokens=special) for p in prompts]
+        embeds = [encode_rows(self.model.prompt_rows(p, r)) for p, r in zip(placed, rows)]
+        rest = {key: value for key, value in body.items() if key != "prompt"}
+        return {**rest, "prompt_embeds": embeds if len(embeds) > 1 else embeds[0]}, outcome
+
+
+def encode_rows(rows: torch.Tensor) -> str:
+    """Rows `[T, llm_width]` as vLLM reads them: base64 of a tensor file."""
+    file = io.BytesIO()
+    torch.save(rows.detach().cpu().contiguous().clone(), file)  # a view would bring its whole storage along
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _text(parts: Sequence[dict]) -> str:
+    texts = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") in ("text", "input_text")]
+    return "\n".join(t for t in texts if isinstance(t, str))
+
+
+def _prompts(prompt: object) -> list[str | list[int]]:
+    """One or several prompts, each text or token ids, as the completion route takes them."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        return []
+    if all(isinstance(p, int) and not isinstance(p, bool) for p in prompt):
+        return [prompt]
+    good = all(isinstance(p, str) or (isinstance(p, list) and all(isinstance(i, int) for i in p)) for p in prompt)
+    if not good:
+        raise PersonaError("prompt must be text, token ids, or a list of these")
+    return prompt

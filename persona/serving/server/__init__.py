@@ -1,0 +1,1 @@
+"""The server plug-in: a pure ASGI middleware for stock vLLM, which is also a gateway in front of one."""

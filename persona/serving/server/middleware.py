@@ -1,0 +1,177 @@
+"""`PersonaMiddleware`: the pure ASGI class that `vllm serve --middleware` loads.
+
+It runs ahead of everything of vLLM's, so it authenticates, bounds and checks each request itself, puts the user's
+rows into chat and completion requests, serves the user API on the same port, and closes all other routes that generate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from persona.errors import PersonaError
+from persona.serving.personalizer import REASONS, Outcome
+from persona.serving.server import requests
+from persona.serving.server.api import user_api
+from persona.serving.server.auth import Caller
+from persona.serving.server.config import ServerConfig
+from persona.serving.server.errors import Refused
+from persona.serving.server.flags import check_vllm_args
+from persona.serving.server.service import Service, check_caller_user, log, log_error
+
+PERSONALIZED = ("/v1/chat/completions", "/v1/completions")
+"""Routes whose requests are personalised."""
+OPEN = ("/health", "/ping", "/metrics", "/persona/v1/health", "/persona/v1/ready", "/persona/metrics")
+"""Routes without authentication, for probes and scrapers; they tell nothing of users."""
+PASSED = ("/v1/models", "/version", "/load", "/tokenize", "/detokenize", "/docs", "/redoc", "/openapi.json")
+"""Routes that are passed on to vLLM as they are, with authentication. All others are closed: they generate without
+our checks, take a caller's own cache salt, or control the engine."""
+
+
+class PersonaMiddleware:
+    """Personalises the requests to `app`, an OpenAI-compatible ASGI application.
+
+    vLLM gives no arguments, so the settings then come from the environment (`ServerConfig`). Adapter and store are
+    loaded when the server starts up; if that fails, the server does not start.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service | None = None):
+        self.app = app
+        self._service, self._api = service, service and user_api(service)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or the server's lifespan."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "closed by persona"})
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._start(scope)
+        except Exception as error:  # one that got out would only tell the server to go on without a lifespan
+            await receive()
+            if not isinstance(error, PersonaError):
+                log_error("persona could not start", error)
+            await send({"type": "lifespan.startup.failed", "message": f"persona: {error}"})
+            return
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._service.close()
+
+    def _start(self, scope: Scope) -> None:
+        state = getattr(scope.get("app"), "state", None)
+        args = getattr(state, "args", None)
+        if isinstance(args, Namespace):  # we are inside vLLM
+            check_vllm_args(args)
+        if self._service is None:
+            service = Service.load(ServerConfig.load())
+            self._service, self._api = service, user_api(service)
+        if isinstance(args, Namespace):
+            own = args.api_key or [os.environ.get("VLLM_API_KEY")]
+            if keys := [key for key in own if key]:
+                self._service.auth.accept(keys)
+        routes = {getattr(route, "path", "") for route in getattr(scope.get("app"), "routes", [])}
+        closed = sorted(routes.difference(PERSONALIZED, OPEN, PASSED))
+        log.info("personalised: %s; closed: %s", ", ".join(PERSONALIZED), ", ".join(closed) or "none")
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self._service
+        if service is None:  # a server that runs no lifespan
+            self._start(scope)
+            service = self._service
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        headers = Headers(scope=scope)
+        anybody = path in OPEN or scope["method"] == "OPTIONS"
+        generates = path in PERSONALIZED and scope["method"] == "POST"
+        try:
+            caller = None if anybody else service.auth.caller(headers)
+            if not (anybody or generates or path in PASSED or path.startswith("/persona/")):
+                raise Refused(404, "closed", "this route is closed; use /v1/chat/completions or /v1/completions")
+            body = await requests.read_body(receive, headers, service.config.max_body)
+            if body and path in PASSED:
+                requests.check(path, requests.parse(body))  # the tokenizer's routes read messages, too
+            if generates:
+                started = time.perf_counter()
+                body, outcome = await self._personalize(path, headers, body, caller)
+                service.metrics.overhead.observe(time.perf_counter() - started)
+                send = self._marking(send, path, outcome)
+        except Refused as refused:
+            if generates:
+                service.metrics.requests.labels(path, "refused", refused.code).inc()
+            await refused.response()(scope, receive, send)
+            return
+        except requests.Disconnected:
+            return
+        scope = {**scope, "headers": _with_length(scope["headers"], len(body)), "persona.caller": caller}
+        replay = _replay(body, receive)
+        if path.startswith("/persona/"):
+            await self._api(scope, replay, send)
+            return
+        try:
+            await self.app(scope, replay, send)
+        except Exception as error:
+            if generates:
+                service.metrics.requests.labels(path, "failed", type(error).__name__).inc()
+            raise
+
+    async def _personalize(
+        self, path: str, headers: Mapping[str, str], raw: bytes, caller: Caller
+    ) -> tuple[bytes, Outcome]:
+        service = self._service
+        with service.metrics.on_loop():
+            body = requests.parse(raw)
+            requests.check(path, body)
+            user = caller.speaks_for(check_caller_user(body.pop("user", None)))
+            instruction = requests.instruction_of(headers)
+            count = requests.count_of(headers, service.model.adapter.tokens)
+        body, outcome = await service.personalize(path, body, user, caller.tenant, instruction, count)
+        if service.config.require_personalization and user is not None and not outcome.personalized:
+            raise Refused(503, outcome.reason, f"not personalised: {REASONS[outcome.reason]}")
+        with service.metrics.on_loop():
+            return json.dumps({**body, "cache_salt": service.salt(caller.tenant)}).encode(), outcome
+
+    def _marking(self, send: Send, path: str, outcome: Outcome) -> Send:
+        """Sends on, with headers that say what became of the user, and counts."""
+        metrics = self._service.metrics
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["x-persona"] = "personalized" if outcome.personalized else "plain"
+                if outcome.reason:
+                    headers["x-persona-reason"] = outcome.reason
+                if outcome.truncated:
+                    headers["x-persona-truncated"] = "true"
+                if message["status"] >= 500:
+                    metrics.requests.labels(path, "failed", str(message["status"])).inc()
+                else:
+                    metrics.requests.labels(path, headers["x-persona"], outcome.reason or "").inc()
+            await send(message)
+
+        return marked
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the whole body once, and after that what the server has to say: a disconnect."""
+    rest = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return rest.pop() if rest else await receive()
+
+    return replay
+
+
+def _with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    kept = [(k, v) for k, v in headers if k.lower() not in (b"content-length", b"transfer-encoding")]
+    return [*kept, (b"content-length", str(length).encode())]

@@ -1,0 +1,140 @@
+"""`UserStates`: the encoder's states of users, kept in memory and brought up to date from the event store."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from persona.encoders import UserEncoder, UserState
+from persona.encoders.features import event_rows
+from persona.history import Event, History
+from persona.serving.combined import PatienceError
+from persona.store import EventStore
+
+_STRIPES = 64
+
+
+class _Known(NamedTuple):
+    """A cached state, and what of the store it was made from."""
+
+    revision: int
+    events: tuple[Event, ...]
+    state: UserState
+
+
+class UserStates:
+    """States by (tenant, user) and store revision: a new event extends the cached state, nothing is encoded twice.
+
+    Safe to share between threads. One user's encoding never waits for another's, except that a few users in 64 share
+    a lock; requests for the same user encode once.
+    """
+
+    def __init__(self, encoder: UserEncoder, store: EventStore, cache_size: int = 10_000, patience: float = 60.0):
+        self.encoder, self.store, self.cache_size, self.patience = encoder, store, cache_size, patience
+        self.hits = self.misses = 0
+        """Look-ups answered from memory, and those that had to encode."""
+        self._states: OrderedDict[tuple[str, str], _Known] = OrderedDict()
+        self._lock = threading.Lock()
+        self._encoding = [threading.Lock() for _ in range(_STRIPES)]
+        self._forgotten = 0
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        """Whether a state of (tenant, user) is in memory."""
+        return key in self._states
+
+    def get(self, user: str, *, tenant: str = "default") -> UserState | None:
+        """The user's state, brought up to date; None for a user without events.
+
+        Raises what the store raises, and `PatienceError` when another request has not come to an end with encoding
+        this user within `patience` seconds.
+        """
+        key = (tenant, user)
+        revision = self.store.revision(user, tenant=tenant)
+        known = self._find(key, revision)
+        if known or not revision:
+            return known and known.state
+        with self._turn(key):
+            revision = self.store.revision(user, tenant=tenant)
+            known = self._find(key, revision)  # another request may have encoded it meanwhile
+            if known or not revision:
+                return known and known.state
+            forgotten = self._forgotten
+            history = self.store.history(user, last=self.encoder.config.max_events + 1, tenant=tenant)
+            with self._lock:
+                old = self._states.get(key)
+            try:
+                state = (old and self._extended(old, history)) or self.encoder.encode([history])[0]
+                self._keep(key, _Known(revision, history.events, state), forgotten)
+            finally:
+                if forgotten != self._forgotten:  # perhaps this user, before the texts came into their cache
+                    self._forget_texts(history.events)
+            return state
+
+    def forget(self, user: str, *, tenant: str = "default") -> int:
+        """Erases the user's events, states and cached texts; returns how many events there were.
+
+        Does not wait for encodings under way: what they make of the user is not kept.
+        """
+        history = self.store.history(user, tenant=tenant)
+        try:
+            return self.store.forget(user, tenant=tenant)
+        finally:  # the store raises also when it has deleted the events but not yet erased their bytes
+            with self._lock:
+                self._forgotten += 1
+                known = self._states.pop((tenant, user), None)
+            # What is in memory may have come after the history was read, or be forgotten already by another process.
+            self._forget_texts([*history.events, *(known.events if known else ())])
+
+    def _forget_texts(self, events: Sequence[Event]) -> None:
+        rows = event_rows(events, self.encoder.vocabulary)
+        self.encoder.text_encoder.forget([row.text for row in rows])
+
+    @contextmanager
+    def _turn(self, key: tuple[str, str]) -> Iterator[None]:
+        lock = self._encoding[hash(key) % _STRIPES]
+        if not lock.acquire(timeout=self.patience):
+            raise PatienceError(f"another request has been encoding this user for {self.patience:g} s")
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _find(self, key: tuple[str, str], revision: int) -> _Known | None:
+        with self._lock:
+            known = self._states.get(key)
+            if known and not revision:
+                del self._states[key]  # forgotten by another process
+            elif known and known.revision == revision:
+                self._states.move_to_end(key)
+                self.hits += 1
+                return known
+        if known and not revision:
+            self._forget_texts(known.events)
+        return None
+
+    def _keep(self, key: tuple[str, str], known: _Known, forgotten: int) -> None:
+        with self._lock:
+            self.misses += 1
+            if forgotten != self._forgotten:
+                return  # somebody was forgotten meanwhile, perhaps this user
+            self._states[key] = known
+            self._states.move_to_end(key)
+            while len(self._states) > self.cache_size:
+                self._states.popitem(last=False)
+
+    def _extended(self, known: _Known, history: History) -> UserState | None:
+        """The old state continued by newer events, or None where only encoding again is right."""
+        size = len(known.events)
+        new = history.events[size:]
+        # The old events themselves are compared: one may have come late, or all been forgotten by another process.
+        if history.events[:size] != known.events or any(e.timestamp is None for e in new):
+            return None
+        if known.state.truncated or len(history.timed) > self.encoder.config.max_events:
+            return None
+        return self.encoder.extend(known.state, new)
