@@ -103,7 +103,7 @@ def bench_table(
     from persona.injection import PersonalizedLM
     from persona.training.recipe import check_unseen
 
-    _quiet()
+    quiet()
     if part not in ("test", "validation"):
         raise PersonaError(f"--part is test or validation, not {part}")
     if control and not read_json(control / "training.json").get("without_history"):
@@ -142,7 +142,7 @@ def demo(
     engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
 ) -> None:
     """Three users of a generated shop, the same questions for each and for nobody, answered by vLLM; then a table."""
-    _quiet()
+    quiet()
     from persona.demo.run import run_demo
 
     run_demo(adapter, question=question, engine=engine, say=_say)
@@ -176,7 +176,7 @@ def serve(
     All further arguments are vLLM's, such as --max-model-len 4096 or --config FILE. Settings left out here are read
     from the environment (PERSONA_STORE, ...).
     """
-    _quiet()
+    quiet()
     try:
         from persona.serving.server.config import ServerConfig
     except ImportError as error:
@@ -215,7 +215,7 @@ def _domain(recipe: Path, data: Path, strict: bool):
     return domain
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keeps libraries' loading bars and notes out of what people came to read; errors still show."""
     import logging
     import warnings

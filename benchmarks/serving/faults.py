@@ -192,7 +192,12 @@ def encoder(run: Run, front: Front) -> None:
 
 
 def store(run: Run, front: Front) -> None:
-    """A database that another process has locked."""
+    """A database that another process writes to for long, or has locked as a whole."""
+    other = sqlite3.connect(front.database, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    run.note("database locked by a writer", "chat", front.chat)
+    run.note("database locked by a writer", "append events", lambda: front.http.post(EVENTS, json=event("ana")))
+    other.close()
     front.service.store.close()  # our own open connections would keep the other from locking it
     other = sqlite3.connect(front.database, isolation_level=None)
     other.execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -241,8 +246,11 @@ def streams(run: Run, front: Front, upstream: str) -> None:
     def leave() -> str:
         long = body(stream=True, max_tokens=900, ignore_eos=True)
         with front.http.stream("POST", CHAT, json=long) as answer:
-            next(answer.iter_lines())
-            before = running(upstream)
+            lines = answer.iter_lines()
+            before = 0
+            while not before:  # vLLM counts now and then
+                next(lines)
+                before = running(upstream)
         end = time.monotonic() + 10
         while running(upstream) and time.monotonic() < end:
             time.sleep(0.02)

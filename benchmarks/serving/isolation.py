@@ -75,6 +75,7 @@ async def main(args: argparse.Namespace) -> None:
                 result["crowd"] = await ask_all(session, expected, args.requests, random.Random(args.seed))
                 metrics = await (await session.get("/metrics")).text()
                 result["crowd"]["prefix_cache_hit_tokens"] = metric(metrics, "vllm:prefix_cache_hits_total")
+            async with client(found.url) as session:  # whose connections the server has not begun to close as idle
                 acknowledged = await until_killed(session, expected, found, args)
         with server(flags, port=port, **crowd) as found:
             async with client(found.url) as session:

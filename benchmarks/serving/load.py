@@ -2,7 +2,10 @@
 
     python benchmarks/serving/load.py --data build/fresh --out benchmarks/results/serving.json
 
-Also what a cold user costs, what memory the plug-in adds, and how long it holds up the event loop.
+All kinds of calls ask the same questions in turns that differ from call to call, as users' turns do, after the same
+system prompt. A personalised call gives the instruction in the header, so that the server knows it; where it is the
+turn itself, and new at every call, it has to be encoded first. Also what a cold user costs, what memory the plug-in
+adds, and how long it holds up the event loop.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
+from urllib.parse import quote
 
 import aiohttp
 import numpy as np
@@ -26,8 +31,11 @@ from transformers import AutoTokenizer
 
 from persona.evaluation.intervals import interval
 from persona.history import event_to_dict
+from persona.serving.server.requests import INSTRUCTION_HEADER
 
-KINDS = ("plain", "personalised", "text_400")
+KINDS = ("plain", "personalised", "personalised_new_instruction", "text_400")
+WORKLOADS = {"short": {"max_tokens": 8}, "long": {"max_tokens": 32, "ignore_eos": True}}
+"""The answer as it comes, one or two tokens for most questions; and 32 tokens whatever the LLM would say."""
 HISTORY_TOKENS = 400
 COLD_EVENTS = 500
 
@@ -37,7 +45,7 @@ async def main(args: argparse.Namespace) -> None:
     histories = shop_histories(args.data, args.users)
     tokenizer = AutoTokenizer.from_pretrained(LLM)
     texts = {user: history_text(history, tokenizer, HISTORY_TOKENS) for user, history in histories.items()}
-    result: dict = {"n": {"users": len(histories), "rounds": args.rounds, "new_tokens": args.new_tokens}}
+    result: dict = {"n": {"users": len(histories)}, "workloads": {}}
     with tempfile.TemporaryDirectory() as folder:
         with server(
             ["--store", f"sqlite:///{folder}/persona.db", *VLLM_FLAGS, "--disable-uvicorn-access-log"]
@@ -47,13 +55,14 @@ async def main(args: argparse.Namespace) -> None:
                 before = found.memory()
                 await warm(session, histories)
                 load = Load(session, list(histories), texts, args)
-                result["concurrency"] = {str(c): await load.compare(c) for c in args.concurrency}
+                for name in WORKLOADS:
+                    result["workloads"][name] = {str(c): await load.compare(name, c) for c in args.concurrency}
                 result["cold_user"] = await cold(session, histories)
                 result["plug_in"] = plug_in(await (await session.get("/persona/metrics")).text())
                 with_plug_in = {"idle_mib": round(before), "after_load_mib": round(found.memory())}
         with plain_vllm([*VLLM_FLAGS, "--disable-uvicorn-access-log"]) as found:
             async with aiohttp.ClientSession(found.url) as session:
-                await Load(session, list(histories), texts, args).run("plain", 32, 320)
+                await Load(session, list(histories), texts, args).run("plain", "short", 32, 1600)
             memory = {
                 "plain_after_load_mib": round(found.memory()),
                 **{f"plug_in_{k}": v for k, v in with_plug_in.items()},
@@ -71,13 +80,15 @@ class Load:
         self.session, self.users, self.texts, self.args = session, users, texts, args
         self.random, self.turn = random.Random(args.seed), count()
 
-    async def compare(self, concurrency: int) -> dict:
+    async def compare(self, workload: str, concurrency: int) -> dict:
         """Rounds of all kinds in random order; each kind's figures and their ratios, round by round."""
-        calls = max(24, 10 * concurrency)
+        calls = 1 if concurrency == 1 else 6 * concurrency  # one caller's calls alternate, call by call
+        number = self.args.rounds * (10 if concurrency == 1 else 1)
         rounds: list[dict[str, tuple[float, float, int]]] = []
-        for _ in range(self.args.rounds):
-            rounds.append({kind: await self.run(kind, concurrency, calls) for kind in self.random.sample(KINDS, 3)})
-        table: dict = {"calls_per_round": calls}
+        for _ in range(number):
+            order = self.random.sample(KINDS, len(KINDS))
+            rounds.append({kind: await self.run(kind, workload, concurrency, calls) for kind in order})
+        table: dict = {"rounds": number, "calls_per_round": calls}
         for kind in KINDS:
             rates, latencies, tokens = zip(*(r[kind] for r in rounds))
             table[kind] = {
@@ -85,10 +96,11 @@ class Load:
                 "median_latency_ms": round(float(np.median(latencies)), 1),
                 "prompt_tokens": round(float(np.mean(tokens))),
             }
-        for name, other in (("to_plain", "plain"), ("to_text_400", "text_400")):
-            table[f"throughput_{name}"] = self._summary([r["personalised"][0] / r[other][0] for r in rounds])
-        table["added_latency_ms"] = self._summary([r["personalised"][1] - r["plain"][1] for r in rounds])
-        print(f"{concurrency} callers: {table}", flush=True)
+        for other in ("plain", "text_400"):
+            table[f"throughput_to_{other}"] = self._summary([r["personalised"][0] / r[other][0] for r in rounds])
+        for kind in ("personalised", "personalised_new_instruction"):
+            table[f"added_latency_ms_{kind}"] = self._summary([r[kind][1] - r["plain"][1] for r in rounds])
+        print(f"{workload} answers, {concurrency} callers: {table}", flush=True)
         return table
 
     def _summary(self, values: list[float]) -> dict:
@@ -96,7 +108,7 @@ class Load:
         low, high = interval(data, lambda v: np.median(v), seed=self.args.seed)
         return {"median": round(float(np.median(data)), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
 
-    async def run(self, kind: str, concurrency: int, calls: int) -> tuple[float, float, int]:
+    async def run(self, kind: str, workload: str, concurrency: int, calls: int) -> tuple[float, float, int]:
         """Calls a second, the median latency in ms, and the mean prompt tokens, of one kind of call."""
         todo, latencies, tokens = iter(range(calls)), [], []
 
@@ -104,30 +116,29 @@ class Load:
             for _ in todo:
                 # In turn, so that a user's own prompt has left the prefix cache when the user comes again.
                 number = next(self.turn)
-                body = self._body(kind, self.users[number % len(self.users)], QUESTIONS[number % 2])
+                body, headers = self._request(kind, workload, number)
                 start = time.perf_counter()
-                answer, headers = await post(self.session, "/v1/chat/completions", body)
+                answer, said = await post(self.session, "/v1/chat/completions", body, headers)
                 latencies.append(time.perf_counter() - start)
                 tokens.append(answer["usage"]["prompt_tokens"])
-                if kind == "personalised" and headers["x-persona"] != "personalized":
-                    raise SystemExit(f"answered plainly: {headers.get('x-persona-reason')}")
+                if kind.startswith("personalised") and said["x-persona"] != "personalized":
+                    raise SystemExit(f"answered plainly: {said.get('x-persona-reason')}")
 
         start = time.perf_counter()
         await asyncio.gather(*(caller() for _ in range(concurrency)))
         return calls / (time.perf_counter() - start), float(np.median(latencies)) * 1000, float(np.mean(tokens))
 
-    def _body(self, kind: str, user: str, question: str) -> dict:
+    def _request(self, kind: str, workload: str, number: int) -> tuple[dict, dict]:
+        """The body and the headers of a call."""
+        user, question = self.users[number % len(self.users)], QUESTIONS[number % 2]
+        turn = f"Visit {number}. {question}"
         if kind == "text_400":
-            question = f"{self.texts[user]}\n{question}"
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
-        body = {
-            "model": LLM,
-            "messages": messages,
-            "max_tokens": self.args.new_tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-        }
-        return {**body, "user": user} if kind == "personalised" else body
+            turn = f"{self.texts[user]}\n{turn}"
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": turn}]
+        body = {"model": LLM, "messages": messages, "temperature": 0, **WORKLOADS[workload]}
+        if not kind.startswith("personalised"):
+            return body, {}
+        return {**body, "user": user}, {INSTRUCTION_HEADER: quote(question)} if kind == "personalised" else {}
 
 
 async def store(session: aiohttp.ClientSession, histories: dict) -> None:
@@ -189,9 +200,11 @@ def plug_in(metrics: str) -> dict:
     }
 
 
-async def post(session: aiohttp.ClientSession, path: str, body: dict) -> tuple[dict, dict]:
+async def post(
+    session: aiohttp.ClientSession, path: str, body: dict, headers: dict | None = None
+) -> tuple[dict, Mapping[str, str]]:
     """The JSON that a call gives, and its headers."""
-    async with session.post(path, json=body) as response:
+    async with session.post(path, json=body, headers=headers) as response:
         if response.status != 200:
             raise SystemExit(f"{path}: {response.status} {await response.text()}")
         return await response.json(), response.headers
@@ -203,8 +216,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="records of a shop (`persona data shop --seed 1`)")
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--users", type=int, default=300, help="more than whose prompts the KV cache holds")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=10, help="ten times as many for one caller")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

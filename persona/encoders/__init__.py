@@ -2,7 +2,15 @@
 
 from persona.encoders.config import EncoderConfig
 from persona.encoders.text import TextEncoder
-from persona.encoders.user_encoder import UserEncoder, UserState, UserTokens
+from persona.encoders.user_encoder import InstructionState, UserEncoder, UserState, UserTokens
 from persona.encoders.vocabulary import Vocabulary
 
-__all__ = ["EncoderConfig", "TextEncoder", "UserEncoder", "UserState", "UserTokens", "Vocabulary"]
+__all__ = [
+    "EncoderConfig",
+    "InstructionState",
+    "TextEncoder",
+    "UserEncoder",
+    "UserState",
+    "UserTokens",
+    "Vocabulary",
+]

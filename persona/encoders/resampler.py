@@ -1,7 +1,8 @@
 """The instruction-aware resampler: K learned queries that read the instruction and the user's event states.
 
 A Q-Former (BLIP-2, Li et al. 2023) for users: in each layer the queries and the instruction's tokens attend to one
-another, then to the event states. The queries' final states are the user tokens.
+another, then to the event states. The queries' final states are the user tokens. What depends on the user alone
+(`memory`) and on the instruction alone (`ask`) can be kept; `read` brings the two together.
 """
 
 from __future__ import annotations
@@ -38,15 +39,36 @@ class Resampler(nn.Module):
         `topic` `[B, d]` is the instruction as the event encoder would see it as a text: in the space of the events,
         so that an item that the instruction names is found in the history.
         """
+        latents, seen = self.ask(instruction, instruction_mask, topic)
+        return self.read(latents, seen, self.memory(states, mask), mask)
+
+    def memory(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The users' side: keys and values `[layers, 2, B, heads, N, d / heads]`, the same for every instruction."""
         states = states + self.age(ages(mask))
+        return torch.stack([layer.memory(states) for layer in self.layers])
+
+    def ask(
+        self, instruction: torch.Tensor, instruction_mask: torch.Tensor, topic: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The instructions' side: latents `[B, K + T, d]` and their mask `[B, K + T]`, the same for every user."""
         latents = self.instruction(instruction)
         latents = torch.cat([latents[:, :1] + topic[:, None], latents[:, 1:]], dim=1)
+        latents = torch.cat([self.queries.expand(len(latents), -1, -1), latents], dim=1)
+        seen = torch.cat([instruction_mask.new_ones(len(latents), len(self.queries)), instruction_mask], dim=1)
+        return self.layers[0].mix(latents, seen), seen
+
+    def read(
+        self, latents: torch.Tensor, seen: torch.Tensor | None, memory: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What `ask` made reads what `memory` made: user tokens `[B, K, d]`. A mask of None hides nothing."""
         count = len(self.queries)
-        latents = torch.cat([self.queries.expand(len(states), -1, -1), latents], dim=1)  # [B, K + T, d]
-        seen = torch.cat([instruction_mask.new_ones(len(states), count), instruction_mask], dim=1)
-        for layer in self.layers:
-            latents = layer(latents, seen, states, mask)
-        return self.norm(latents[:, :count])
+        for number, layer in enumerate(self.layers):
+            if number:
+                latents = layer.mix(latents, seen)
+            if number == len(self.layers) - 1:
+                latents = latents[:, :count]  # nobody looks at the instruction after this
+            latents = layer.read(latents, memory[number], mask)
+        return self.norm(latents)
 
 
 def ages(mask: torch.Tensor) -> torch.Tensor:
@@ -68,16 +90,23 @@ class ResamplerLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, seen: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`x` `[B, L, d]`, `seen` `[B, L]`, `states` `[B, N, d]`, `mask` `[B, N]` -> `[B, L, d]`."""
+    def memory(self, states: torch.Tensor) -> torch.Tensor:
+        """Keys and values of states `[B, N, d]`: `[2, B, heads, N, d / heads]`."""
+        return self.cross_attention.keys_values(self.state_norm(states))
+
+    def mix(self, x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        """The latents `[B, L, d]` look at one another, where `seen` `[B, L]`."""
         normed = self.norm1(x)
-        x = x + self.dropout(self.self_attention(normed, normed, seen))
-        x = x + self.dropout(self.cross_attention(self.norm2(x), self.state_norm(states), mask))
+        return x + self.dropout(self.self_attention(normed, self.self_attention.keys_values(normed), seen))
+
+    def read(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The latents `[B, L, d]` look at the states behind `memory`, where `mask` `[B, N]`."""
+        x = x + self.dropout(self.cross_attention(self.norm2(x), memory, mask))
         return x + self.dropout(self.mlp(self.norm3(x)))
 
 
 class Attention(nn.Module):
-    """Multi-head attention with a key mask."""
+    """Multi-head attention with a key mask, whose keys and values can be kept."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -85,10 +114,14 @@ class Attention(nn.Module):
         self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
 
-    def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`x` `[B, L, d]` looks at `memory` `[B, N, d]` where `mask` `[B, N]` is True."""
+    def keys_values(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys and values of `x` `[B, N, d]`, `[2, B, heads, N, d / heads]`."""
+        return self.key_value(x).view(len(x), x.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: torch.Tensor, keys_values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """`x` `[B, L, d]` looks at what `keys_values` was made of, where `mask` `[B, N]` is True."""
         batch, length, width = x.shape
-        q = self.query(x).view(batch, length, self.heads, -1).transpose(1, 2)  # [B, h, L, d/h]
-        k, v = self.key_value(memory).view(batch, memory.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        q = self.query(x).view(batch, length, self.heads, -1).transpose(1, 2)  # [B, heads, L, d / heads]
+        k, v = keys_values
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
         return self.out(attended.transpose(1, 2).reshape(batch, length, width))

@@ -1,7 +1,8 @@
 """`UserEncoder`: a history and an instruction in, user tokens out.
 
-Event vectors and backbone states do not depend on the instruction, so they are computed once (`encode`), continued
-event by event (`extend`), and shared by all questions; `resample` is all that a request pays for.
+Event vectors, backbone states and what the resampler reads of them do not depend on the instruction, so they are
+computed once (`encode`), continued event by event (`extend`), and shared by all questions. An instruction is encoded
+once for all users (`instruct`). That one reads the other is all that a request pays for (`tokens`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class UserState:
     """`[1 + rows, d]`; the first is the learned start state, all there is of an empty history."""
     cache: list[torch.Tensor]
     """The backbone's cache."""
+    memory: torch.Tensor
+    """What the resampler reads of the states, `[layers, 2, heads, 1 + rows, d / heads]`."""
     events: int = 0
     """Timed events read, those of unknown sources too, though they make no row."""
     last_timestamp: float | None = None
@@ -55,6 +58,14 @@ class UserState:
     """Seconds; time of the newest event that made a row: the time gap of the next row starts here."""
     truncated: bool = False
     """See `UserTokens.truncated`."""
+
+
+@dataclass(frozen=True)
+class InstructionState:
+    """What is cached for an instruction: how it begins to ask, whoever the user is."""
+
+    latents: torch.Tensor
+    """`[K + T, d]`: the K queries, then the T states of the instruction."""
 
 
 class UserEncoder(HubMixin, nn.Module):
@@ -85,7 +96,7 @@ class UserEncoder(HubMixin, nn.Module):
 
     def states(self, batch: EventBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Backbone states `[B, 1 + N, d]` of a batch and their mask; the first state is the start state."""
-        mask = torch.cat([batch.mask.new_ones(len(batch.mask), 1), batch.mask], dim=1)
+        mask = _with_start(batch.mask)
         return self.backbone(self._vectors(batch), mask)[0], mask
 
     def _vectors(self, batch: EventBatch) -> torch.Tensor:
@@ -95,11 +106,12 @@ class UserEncoder(HubMixin, nn.Module):
 
     def resample(self, states: torch.Tensor, mask: torch.Tensor, instructions: Sequence[str]) -> torch.Tensor:
         """`states` `[Q, N, d]`, `mask` `[Q, N]` and Q instructions -> `[Q, K, d]`."""
-        words = self.text_encoder.states_of(list(instructions))
-        padded = nn.utils.rnn.pad_sequence(words, batch_first=True).to(states)
-        sizes = torch.tensor([len(w) for w in words], device=states.device)
-        seen = torch.arange(padded.shape[1], device=states.device)[None] < sizes[:, None]
-        return self.resampler(states, mask, padded, seen, self.events.text(padded[:, 0]))
+        return self.resampler(states, mask, *self._words(instructions))
+
+    def _words(self, instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The resampler's inputs about instructions: states `[Q, T, text_dim]`, mask `[Q, T]`, topics `[Q, d]`."""
+        words, seen = _padded([w.to(self.device) for w in self.text_encoder.states_of(list(instructions))])
+        return words, seen, self.events.text(words[:, 0])
 
     def batch(self, histories: Sequence[History]) -> EventBatch:
         """Histories as the model's input, each cut to its newest `max_events`."""
@@ -114,6 +126,7 @@ class UserEncoder(HubMixin, nn.Module):
             part = histories[start : start + batch_size]
             batch = self.batch(part)
             states, cache = self.backbone(self._vectors(batch))
+            memory = self.resampler.memory(states, _with_start(batch.mask))
             for i, history in enumerate(part):
                 size = 1 + int(batch.mask[i].sum())
                 read, truncated = newest(history, self.config.max_events)
@@ -122,6 +135,7 @@ class UserEncoder(HubMixin, nn.Module):
                     UserState(
                         states[i, :size].clone(),
                         [layer[:, i : i + 1, :, :size].clone() for layer in cache],
+                        memory[:, :, i, :, :size].clone(),
                         events=len(timed),
                         last_timestamp=timed[-1].timestamp if timed else None,
                         row_timestamp=self._row_timestamp(timed),
@@ -156,14 +170,22 @@ class UserEncoder(HubMixin, nn.Module):
             return state
         vectors = self.events(make_batch([rows], self.text_encoder).to(self.device))
         new, cache = self.backbone(vectors, cache=state.cache)
-        return replace(state, states=torch.cat([state.states, new[0]]), cache=cache)
+        states = torch.cat([state.states, new[0]])
+        memory = self.resampler.memory(states[None], torch.ones(1, len(states), dtype=torch.bool, device=states.device))
+        return replace(state, states=states, cache=cache, memory=memory[:, :, 0])
 
     def _row_timestamp(self, timed: Sequence[Event], before: float | None = None) -> float | None:
         return next((e.timestamp for e in reversed(timed) if e.source in self.vocabulary.sources), before)
 
     @torch.inference_mode()
+    def instruct(self, instructions: Sequence[str]) -> list[InstructionState]:
+        """States of instructions, which `tokens` takes in place of their texts."""
+        latents, seen = self.resampler.ask(*self._words(instructions))
+        return [InstructionState(own[mask].clone()) for own, mask in zip(latents, seen)]
+
+    @torch.inference_mode()
     def tokens(
-        self, states: Sequence[UserState], instructions: Sequence[str], count: int | None = None
+        self, states: Sequence[UserState], instructions: Sequence[str | InstructionState], count: int | None = None
     ) -> list[UserTokens]:
         """User tokens for each (state, instruction) pair; `count` keeps the first so many of the K tokens."""
         if not states:
@@ -171,8 +193,23 @@ class UserEncoder(HubMixin, nn.Module):
         count = self.config.tokens if count is None else count
         if not 1 <= count <= self.config.tokens:
             raise EventError(f"this encoder makes 1 to {self.config.tokens} tokens, not {count}")
-        padded = nn.utils.rnn.pad_sequence([s.states for s in states], batch_first=True)
-        sizes = torch.tensor([len(s.states) for s in states], device=padded.device)
-        mask = torch.arange(padded.shape[1], device=padded.device)[None] < sizes[:, None]
-        tokens = self.resample(padded, mask, instructions)[:, :count]
+        texts = list(dict.fromkeys(i for i in instructions if isinstance(i, str)))
+        made = dict(zip(texts, self.instruct(texts))) if texts else {}
+        asked = [made[i] if isinstance(i, str) else i for i in instructions]
+        latents, seen = _padded([a.latents for a in asked])
+        # [N, layers, 2, heads, d / heads] each, padded along N, and back
+        memory, mask = _padded([s.memory.movedim(3, 0) for s in states])
+        tokens = self.resampler.read(latents, seen, memory.permute(2, 3, 0, 4, 1, 5), mask)[:, :count]
         return [UserTokens(t.clone(), s.truncated) for t, s in zip(tokens, states)]
+
+
+def _padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tensors `[n, ...]` of several lengths as `[B, N, ...]`, and their mask `[B, N]`."""
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    sizes = torch.tensor([len(row) for row in rows], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device)[None] < sizes[:, None]
+
+
+def _with_start(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of rows `[B, N]` with the start state before them, `[B, 1 + N]`."""
+    return torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from persona.encoders import UserEncoder, UserState
+from persona.encoders import InstructionState, UserEncoder, UserState
 from persona.encoders.features import EventBatch
 from persona.encoders.hub import load_weights, push, read_config, resolve
 from persona.errors import CheckpointError, MissingExtraError, PersonaError
@@ -180,7 +180,7 @@ class PersonalizedLM(nn.Module):
 
     @torch.inference_mode()
     def soft_rows(
-        self, states: Sequence[UserState], instructions: Sequence[str], count: int | None = None
+        self, states: Sequence[UserState], instructions: Sequence[str | InstructionState], count: int | None = None
     ) -> torch.Tensor:
         """Soft prompt rows `[B, count, llm_width]` for (state, instruction) pairs."""
         tokens = self.encoder.tokens(states, instructions, count)

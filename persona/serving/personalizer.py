@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from persona.encoders import UserState
+from persona.encoders import InstructionState, UserState
 from persona.errors import PersonaError
 from persona.injection.model import PersonalizedLM
 from persona.serving.combined import Combined
@@ -69,13 +69,13 @@ class Personalizer:
             return None, Outcome(False, "unknown-user")
         if len(state.states) == 1:  # the start state alone
             return None, Outcome(False, "unknown-sources", state.truncated)
-        rows = torch.stack([self._made((state, text)) for text in instructions])[:, :count]
+        rows = torch.stack([self._made((state, self.states.instruction(text))) for text in instructions])[:, :count]
         check_rows(rows.flatten(0, 1), self.model.adapter.llm_width)
         return rows, Outcome(True, truncated=state.truncated)
 
-    def _make(self, pairs: Sequence[tuple[UserState, str]]) -> torch.Tensor:
-        """All K soft rows of each (state, instruction) pair, `[B, K, llm_width]`."""
-        return self.model.soft_rows([state for state, _ in pairs], [text for _, text in pairs]).cpu()
+    def _make(self, pairs: Sequence[tuple[UserState, InstructionState]]) -> torch.Tensor:
+        """All K soft rows of each (user, instruction) pair, `[B, K, llm_width]`."""
+        return self.model.soft_rows(*zip(*pairs)).cpu()
 
     def chat(
         self, body: dict, user: str | None, *, instruction: str | None = None, count: int | None = None, **tenant

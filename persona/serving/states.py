@@ -1,4 +1,4 @@
-"""`UserStates`: the encoder's states of users, kept in memory and brought up to date from the event store."""
+"""`UserStates`: what the encoder made of users and of instructions, kept in memory and up to date with the store."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from persona.encoders import UserEncoder, UserState
+from persona.encoders import InstructionState, UserEncoder, UserState
 from persona.encoders.features import event_rows
 from persona.history import Event, History
-from persona.serving.combined import PatienceError
+from persona.serving.combined import Combined, PatienceError
 from persona.store import EventStore
 
 _STRIPES = 64
+_INSTRUCTIONS = 5_000
+"""Instructions whose states are kept; each takes some 10 KB."""
 
 
 class _Known(NamedTuple):
@@ -37,6 +39,8 @@ class UserStates:
         self.hits = self.misses = 0
         """Look-ups answered from memory, and those that had to encode."""
         self._states: OrderedDict[tuple[str, str], _Known] = OrderedDict()
+        self._instructions: OrderedDict[str, InstructionState] = OrderedDict()
+        self._instructed = Combined(encoder.instruct, patience)
         self._lock = threading.Lock()
         self._encoding = [threading.Lock() for _ in range(_STRIPES)]
         self._forgotten = 0
@@ -76,6 +80,21 @@ class UserStates:
                     self._forget_texts(history.events)
             return state
 
+    def instruction(self, text: str) -> InstructionState:
+        """The state of an instruction, encoded when it is asked for the first time."""
+        with self._lock:
+            state, forgotten = self._instructions.get(text), self._forgotten
+            if state:
+                self._instructions.move_to_end(text)
+                return state
+        state = self._instructed(text)
+        with self._lock:
+            if forgotten == self._forgotten:  # else it may quote what was to be forgotten
+                self._instructions[text] = state
+            while len(self._instructions) > _INSTRUCTIONS:
+                self._instructions.popitem(last=False)
+        return state
+
     def forget(self, user: str, *, tenant: str = "default") -> int:
         """Erases the user's events, states and cached texts; returns how many events there were.
 
@@ -87,6 +106,7 @@ class UserStates:
         finally:  # the store raises also when it has deleted the events but not yet erased their bytes
             with self._lock:
                 self._forgotten += 1
+                self._instructions.clear()  # any of them may quote what is to be forgotten
                 known = self._states.pop((tenant, user), None)
             # What is in memory may have come after the history was read, or be forgotten already by another process.
             self._forget_texts([*history.events, *(known.events if known else ())])

@@ -40,6 +40,9 @@ _events = sa.Table(
     sqlite_autoincrement=True,  # a number is never used twice, so `revision` never repeats
 )
 _FIELDS = [_events.c[name] for name in Event.__slots__]
+_REVISION = sa.select(sa.func.max(_events.c.seq), sa.func.count()).where(  # asked at every call, so built once
+    _events.c.tenant == sa.bindparam("tenant"), _events.c.user_id == sa.bindparam("user")
+)
 
 
 class EventStore:
@@ -129,9 +132,10 @@ class EventStore:
 
     def revision(self, user: str, *, tenant: str = "default") -> int:
         """A number that changes with every change to the user's events and never comes back; 0 for no events."""
-        query = sa.select(sa.func.max(_events.c.seq), sa.func.count()).where(self._of(user, tenant))
+        check_user(user)
+        _check_tenant(tenant)
         with self._begin() as connection:
-            newest, count = connection.execute(query).one()
+            newest, count = connection.execute(_REVISION, {"tenant": tenant, "user": user}).one()
         # The count too: of two concurrent PostgreSQL writers, the one with the smaller number may commit last.
         return (newest << 24) + count if count else 0
 

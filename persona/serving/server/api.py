@@ -22,8 +22,9 @@ from persona.errors import EventError, PersonaError
 from persona.history import event_from_dict, event_to_dict
 from persona.history.event import MAX_USER_ID
 from persona.serving.server.auth import TOKEN_HEADER
+from persona.serving.server.encoding import log_error
 from persona.serving.server.errors import Refused
-from persona.serving.server.service import Service, check_caller_user, log_error
+from persona.serving.server.service import Service, check_caller_user
 
 _LINES = 500
 _NDJSON = "application/x-ndjson"
@@ -176,15 +177,15 @@ def user_api(service: Service) -> FastAPI:
         return StreamingResponse(_lines(store.export(user, tenant=tenant)), media_type=_NDJSON)
 
     @app.post("/persona/v1/forget", tags=["users"], **secured)
-    def forget(request: Request, body: UserBody) -> Erased:
+    async def forget(request: Request, body: UserBody) -> Erased:
         """Erases all of a user: events, states and cached texts, in the database's files and in memory."""
         user, tenant = about(request, body)
-        return Erased(erased=service.states.forget(user, tenant=tenant))
+        return Erased(erased=await service.forget(user, tenant))
 
     @app.get("/persona/v1/health", tags=["operation"])
     async def health() -> Health:
         """Answers while the process lives; tells clients that this server takes user ids."""
-        adapter = service.model.adapter
+        adapter = service.adapter
         return Health(persona=persona.__version__, domain=adapter.domain, tokens=adapter.tokens)
 
     @app.get("/persona/v1/ready", tags=["operation"], response_model=Ready, responses={503: {"model": Ready}})

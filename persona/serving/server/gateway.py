@@ -16,9 +16,10 @@ from starlette.types import ASGIApp
 
 from persona.errors import PersonaError
 from persona.serving.server.config import ServerConfig
+from persona.serving.server.encoding import log_error
 from persona.serving.server.errors import Refused
 from persona.serving.server.middleware import PersonaMiddleware
-from persona.serving.server.service import Service, log_error
+from persona.serving.server.service import Service
 
 _HOP_BY_HOP = {
     *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding"),

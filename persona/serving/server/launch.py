@@ -43,8 +43,8 @@ _VARIABLES = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 _CPU_VARIABLES = {
     "VLLM_TARGET_DEVICE": "cpu",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # The engine in one process: two of them wait for each other in busy loops, which on few cores starves the server.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # One core for HTTP and for encoding users: the engine's threads wait for one another in busy loops.
+    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1)),
 }
 _KV_CACHE_SIZES = ("gpu_memory_utilization", "num_gpu_blocks_override")
 """Flags that size the KV cache in another way."""

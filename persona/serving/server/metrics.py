@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily
 
-from persona.serving.states import UserStates
+from persona.serving.server.encoding import Made
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -17,7 +17,7 @@ _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2
 class Metrics:
     """Counters and histograms in a registry of their own."""
 
-    def __init__(self, states: UserStates):
+    def __init__(self):
         self.registry = CollectorRegistry()
         kwargs = {"registry": self.registry}
         self.requests = Counter(
@@ -41,7 +41,13 @@ class Metrics:
         self.pending = Gauge("persona_pending_encodings", "Calls that wait for encoding threads", **kwargs)
         self.events = Counter("persona_events_stored", "Events stored through the API", **kwargs)
         self._longest = 0.0
-        self.registry.register(_CacheCollector(states))
+        self._lookups = _Lookups()
+        self.registry.register(self._lookups)
+
+    def encoded(self, made: Made) -> None:
+        """Notes what encoding a user took."""
+        self.encode.observe(made.seconds)
+        self._lookups.hits, self._lookups.misses = made.hits, made.misses
 
     @contextmanager
     def on_loop(self) -> Iterator[None]:
@@ -57,14 +63,13 @@ class Metrics:
                 self.longest_blocked.set(seconds)
 
 
-class _CacheCollector:
-    """The counters that `UserStates` keeps itself."""
+class _Lookups:
+    """The counters that the encoding keeps itself."""
 
-    def __init__(self, states: UserStates):
-        self._states = states
+    hits = misses = 0
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         family = CounterMetricFamily("persona_state_lookups", "User states asked for", labels=["cache"])
-        family.add_metric(["hit"], self._states.hits)
-        family.add_metric(["miss"], self._states.misses)
+        family.add_metric(["hit"], self.hits)
+        family.add_metric(["miss"], self.misses)
         yield family

@@ -6,7 +6,6 @@ rows into chat and completion requests, serves the user API on the same port, an
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from argparse import Namespace
@@ -21,9 +20,10 @@ from persona.serving.server import requests
 from persona.serving.server.api import user_api
 from persona.serving.server.auth import Caller
 from persona.serving.server.config import ServerConfig
+from persona.serving.server.encoding import log, log_error
 from persona.serving.server.errors import Refused
 from persona.serving.server.flags import check_vllm_args
-from persona.serving.server.service import Service, check_caller_user, log, log_error
+from persona.serving.server.service import Service, check_caller_user
 
 PERSONALIZED = ("/v1/chat/completions", "/v1/completions")
 """Routes whose requests are personalised."""
@@ -57,8 +57,10 @@ class PersonaMiddleware:
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._start(scope)
+            await self._start(scope)
         except Exception as error:  # one that got out would only tell the server to go on without a lifespan
+            if self._service:
+                self._service.close()
             await receive()
             if not isinstance(error, PersonaError):
                 log_error("persona could not start", error)
@@ -69,7 +71,7 @@ class PersonaMiddleware:
         finally:
             self._service.close()
 
-    def _start(self, scope: Scope) -> None:
+    async def _start(self, scope: Scope) -> None:
         state = getattr(scope.get("app"), "state", None)
         args = getattr(state, "args", None)
         if isinstance(args, Namespace):  # we are inside vLLM
@@ -77,6 +79,7 @@ class PersonaMiddleware:
         if self._service is None:
             service = Service.load(ServerConfig.load())
             self._service, self._api = service, user_api(service)
+        await self._service.start()
         if isinstance(args, Namespace):
             own = args.api_key or [os.environ.get("VLLM_API_KEY")]
             if keys := [key for key in own if key]:
@@ -87,9 +90,8 @@ class PersonaMiddleware:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
-        if service is None:  # a server that runs no lifespan
-            self._start(scope)
-            service = self._service
+        if service is None:
+            raise PersonaError("persona has not been started: this server runs no lifespan; switch it on")
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         headers = Headers(scope=scope)
         anybody = path in OPEN or scope["method"] == "OPTIONS"
@@ -134,12 +136,11 @@ class PersonaMiddleware:
             requests.check(path, body)
             user = caller.speaks_for(check_caller_user(body.pop("user", None)))
             instruction = requests.instruction_of(headers)
-            count = requests.count_of(headers, service.model.adapter.tokens)
-        body, outcome = await service.personalize(path, body, user, caller.tenant, instruction, count)
+            count = requests.count_of(headers, service.adapter.tokens)
+        raw, outcome = await service.personalize(path, body, user, caller.tenant, instruction, count)
         if service.config.require_personalization and user is not None and not outcome.personalized:
             raise Refused(503, outcome.reason, f"not personalised: {REASONS[outcome.reason]}")
-        with service.metrics.on_loop():
-            return json.dumps({**body, "cache_salt": service.salt(caller.tenant)}).encode(), outcome
+        return raw, outcome
 
     def _marking(self, send: Send, path: str, outcome: Outcome) -> Send:
         """Sends on, with headers that say what became of the user, and counts."""
@@ -147,19 +148,24 @@ class PersonaMiddleware:
 
         async def marked(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["x-persona"] = "personalized" if outcome.personalized else "plain"
-                if outcome.reason:
-                    headers["x-persona-reason"] = outcome.reason
-                if outcome.truncated:
-                    headers["x-persona-truncated"] = "true"
-                if message["status"] >= 500:
+                if message["status"] >= 400:  # nobody was answered, so nothing is said of the user
                     metrics.requests.labels(path, "failed", str(message["status"])).inc()
                 else:
-                    metrics.requests.labels(path, headers["x-persona"], outcome.reason or "").inc()
+                    metrics.requests.labels(path, _mark(message, outcome), outcome.reason or "").inc()
             await send(message)
 
         return marked
+
+
+def _mark(message: Message, outcome: Outcome) -> str:
+    """Writes the outcome into an answer's headers; gives the word for it."""
+    headers, word = MutableHeaders(scope=message), "personalized" if outcome.personalized else "plain"
+    headers["x-persona"] = word
+    if outcome.reason:
+        headers["x-persona-reason"] = outcome.reason
+    if outcome.truncated:
+        headers["x-persona-truncated"] = "true"
+    return word
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

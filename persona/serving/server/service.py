@@ -1,121 +1,114 @@
-"""`Service`: what the ASGI layers stand on. It personalises request bodies in threads, within a budget."""
+"""`Service`: what the ASGI layers stand on. It has request bodies personalised, within a budget."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
-import traceback
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
+from starlette.concurrency import run_in_threadpool
 
 from persona.errors import PersonaError
 from persona.history import check_user
-from persona.injection.model import PersonalizedLM
-from persona.serving.personalizer import CHAT, Outcome, Personalizer
+from persona.injection.model import AdapterConfig
+from persona.serving.personalizer import Outcome
 from persona.serving.server.auth import Authenticator, cache_salt, read_secret
 from persona.serving.server.config import ServerConfig
+from persona.serving.server.encoding import STORE_TIMEOUT, Encoding, Made, written
 from persona.serving.server.errors import Refused
 from persona.serving.server.metrics import Metrics
-from persona.serving.states import UserStates
+from persona.serving.server.process import EncodingLostError, EncodingProcess
 from persona.store import EventStore
-
-log = logging.getLogger("persona.serving")
-
-_STORE_TIMEOUT = 5.0
-"""Seconds that a call of the user API waits for the lock of a SQLite file."""
 
 
 class Service:
-    """Model, store, authentication and metrics of one server process."""
+    """Encoding, store, authentication and metrics of one server process."""
 
-    def __init__(self, config: ServerConfig, model: PersonalizedLM, store: EventStore):
-        self.config, self.model, self.store = config, model.eval(), store
-        budget = config.budget_ms / 1000
-        self.states = UserStates(model.encoder, store, config.cache_size, patience=budget)
-        self.personalizer = Personalizer(model, self.states)
+    def __init__(self, config: ServerConfig, encoding: Encoding | EncodingProcess, store: EventStore):
+        self.config, self.encoding, self.store = config, encoding, store
         self.auth = Authenticator(config)
-        self.metrics = Metrics(self.states)
+        self.metrics = Metrics()
         self._secret = read_secret(config.secret_file, "the secret") if config.secret_file else secrets.token_bytes(32)
-        self._budget = budget
-        # One thread an encoding: more would each bring along threads of OpenMP, which spin while they wait.
-        self._pool = ThreadPoolExecutor(config.encode_threads, "persona", torch.set_num_threads, (1,))
         self._pending = 0
 
     @classmethod
     def load(cls, config: ServerConfig) -> Service:
-        """Loads the adapter and opens the store. Raises `PersonaError` with what is wrong."""
-        model = PersonalizedLM.from_pretrained(config.adapter, config.llm, llm_weights=False, device=config.device)
-        if model.adapter.lora:
-            raise PersonaError(f"{config.adapter} has a LoRA, which vLLM would not apply; merge it into the LLM first")
-        return cls(config, model, EventStore(config.store, timeout=_STORE_TIMEOUT))
+        """A service that encodes in a process of its own, which `start` starts. Raises `PersonaError`."""
+        return cls(config, EncodingProcess(config), EventStore(config.store, timeout=STORE_TIMEOUT))
 
-    def salt(self, tenant: str) -> str:
-        """The prefix cache's salt of a tenant."""
-        return cache_salt(self._secret, tenant)
+    async def start(self) -> None:
+        """Returns when users can be encoded. Raises `PersonaError` with what is wrong."""
+        await self.encoding.start()
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """The adapter's configuration."""
+        return self.encoding.adapter
 
     async def personalize(
         self, route: str, body: dict, user: str | None, tenant: str, instruction: str | None, count: int | None
-    ) -> tuple[dict, Outcome]:
-        """The body with the user's rows in it, or unchanged with the reason.
+    ) -> tuple[bytes, Outcome]:
+        """The request to hand on, in JSON, with the tenant's salt and the user's rows in it, or without rows and why.
 
         Never raises for a store or an encoder that fails, hangs or is slow; see `require_personalization` for the
         other choice.
         """
-        if user is None:
-            return body, Outcome(False, "no-user")
-        apply = self.personalizer.chat if route.endswith(CHAT) else self.personalizer.completion
+        salt = cache_salt(self._secret, tenant)
+        reason = "no-user"
+        if user is not None:
+            try:
+                made: Made = await self._soon("personalize", route, body, user, tenant, salt, instruction, count)
+            except TimeoutError:
+                reason = "timeout"
+            except _Busy:
+                reason = "busy"
+            except EncodingLostError:
+                reason = "failed"
+            else:
+                self.metrics.encoded(made)
+                return made.body, made.outcome
+        with self.metrics.on_loop():
+            return written(body, salt), Outcome(False, reason)
 
-        def work() -> tuple[dict, Outcome]:
-            with self.metrics.encode.time():
-                return apply(body, user, instruction=instruction, count=count, tenant=tenant)
-
+    async def forget(self, user: str, tenant: str) -> int:
+        """Erases a user in the store and in memory; returns how many events there were."""
         try:
-            return await self.in_thread(work)
-        except TimeoutError:
-            return body, Outcome(False, "timeout")
-        except _Busy:
-            return body, Outcome(False, "busy")
-        except Exception as error:  # whatever fails in ours, the call is answered
-            log_error("personalising failed", error)
-            return body, Outcome(False, "failed")
-
-    async def in_thread(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns, run in an encoding thread. Raises `TimeoutError` after the budget.
-
-        A thread cannot be stopped: one that hangs is lost, and readiness tells when none is left.
-        """
-        if self._pending >= self.config.max_pending:
-            raise _Busy
-        self._pending += 1
-        self.metrics.pending.set(self._pending)
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
-        future.add_done_callback(self._done)
-        return await asyncio.wait_for(asyncio.shield(future), self._budget)
-
-    def _done(self, future: asyncio.Future) -> None:
-        self._pending -= 1
-        self.metrics.pending.set(self._pending)
-        if not future.cancelled():
-            future.exception()  # looked at, so that a late failure is not reported as never retrieved
+            return await self.encoding.call("forget", user, tenant)
+        except EncodingLostError:  # and with it all that it had in memory
+            return await run_in_threadpool(self.store.forget, user, tenant=tenant)
 
     async def not_ready(self) -> str | None:
         """Why this server cannot personalise now; None when it can."""
         try:
-            await self.in_thread(self.store.check)
+            await self._soon("check")
         except (TimeoutError, _Busy):
             return "all encoding threads are busy, or the event store does not answer"
+        except EncodingLostError:
+            return "the encoding process is being started"
         except PersonaError:
             return "the event store cannot be used"
         return None
 
     def close(self) -> None:
-        """Closes the store; does not wait for threads that hang."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Ends the encoding and closes the store."""
+        self.encoding.close()
         self.store.close()
+
+    async def _soon(self, method: str, *args: Any) -> Any:
+        """What a method of the encoding returns. Raises `TimeoutError` after the budget; the work itself goes on."""
+        if self._pending >= self.config.max_pending:
+            raise _Busy
+        self._pending += 1
+        self.metrics.pending.set(self._pending)
+        work = asyncio.ensure_future(self.encoding.call(method, *args))
+        work.add_done_callback(self._done)
+        return await asyncio.wait_for(asyncio.shield(work), self.config.budget_ms / 1000)
+
+    def _done(self, work: asyncio.Future) -> None:
+        self._pending -= 1
+        self.metrics.pending.set(self._pending)
+        if not work.cancelled():
+            work.exception()  # looked at, so that a late failure is not reported as never retrieved
 
 
 class _Busy(Exception):
@@ -130,9 +123,3 @@ def check_caller_user(user: object) -> str | None:
         return check_user(user)
     except PersonaError:
         raise Refused(400, "invalid_user", "user must be a text of 1 to 256 Unicode characters", "user") from None
-
-
-def log_error(what: str, error: BaseException) -> None:
-    """Logs where an error came from, without its message, which may quote a user."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    log.error("%s: %s\n%s", what, type(error).__name__, frames)

@@ -22,6 +22,7 @@ from persona.encoders import EncoderConfig, UserEncoder
 from persona.history import Event
 from persona.injection import PersonalizedLM, load_llm
 from persona.serving.server.config import ServerConfig
+from persona.serving.server.encoding import Encoding
 from persona.serving.server.middleware import PersonaMiddleware
 from persona.serving.server.service import Service
 from persona.store import EventStore
@@ -218,7 +219,8 @@ def make(model, store, vllm, monkeypatch):
     services = []
 
     def make(app=None, store=store, **settings):
-        service = Service(ServerConfig(adapter="unused", **{"budget_ms": 20_000, **settings}), model, store)
+        config = ServerConfig(adapter="unused", **{"budget_ms": 20_000, **settings})
+        service = Service(config, Encoding(config, model, store), store)
         services.append(service)
         made = PersonaMiddleware(app or vllm.app, service)
         made.service = service

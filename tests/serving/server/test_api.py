@@ -107,9 +107,9 @@ def test_forget_erases_states_and_texts(app, call, ana, model, database):
     chat = {"messages": [{"role": "user", "content": "hi"}], "user": "ana"}
     assert call(app, "POST", "/v1/chat/completions", chat).outcome[0] == "personalized"
     texts = model.encoder.text_encoder._vectors
-    assert "violin music" in texts and ("default", "ana") in app.service.states
+    assert "violin music" in texts and ("default", "ana") in app.service.encoding.states
     assert call(app, "POST", FORGET, {"user": "ana"}).json == {"erased": 2}
-    assert "violin music" not in texts and ("default", "ana") not in app.service.states
+    assert "violin music" not in texts and ("default", "ana") not in app.service.encoding.states
     assert call(app, "POST", "/v1/chat/completions", chat).outcome == ("plain", "unknown-user")
 
 
@@ -168,9 +168,10 @@ def test_no_byte_of_a_forgotten_user_stays_in_files_or_logs(
     metrics = httpx.get(url + "/persona/metrics").text
     said = caplog.text + out + err + metrics
     assert "personalising failed: RuntimeError" in said and not [mark for mark in MARKS if mark in said]
-    assert not [t for t in app.service.model.encoder.text_encoder._vectors if text in t]
+    assert not [t for t in app.service.encoding.model.encoder.text_encoder._vectors if text in t]
     assert (
-        not app.service.model.encoder.text_encoder._states or text not in app.service.model.encoder.text_encoder._states
+        not app.service.encoding.model.encoder.text_encoder._states
+        or text not in app.service.encoding.model.encoder.text_encoder._states
     )
 
 

@@ -49,7 +49,7 @@ def test_without_a_known_key_nothing_is_read(make, call, vllm, faulty, keys, pat
     reply = call(app, "POST", path, b"x" * 100, {} if header is None else {"authorization": header})
     assert (reply.status, reply.json["error"]["code"]) == (401, "invalid_api_key")
     assert reply.headers["www-authenticate"] == "Bearer" and reply.json["error"]["type"] == "authentication_error"
-    assert (reply.taken, faulty.calls, app.service.states.misses, vllm.requests) == (0, 0, 0, [])
+    assert (reply.taken, faulty.calls, app.service.encoding.states.misses, vllm.requests) == (0, 0, 0, [])
 
 
 def test_refusals_are_counted(make, call, keys, counted):

@@ -112,7 +112,7 @@ def test_rows_that_would_harm_the_engine_never_leave(make, call, vllm, model, an
 def test_an_encoder_that_hangs_holds_up_nobody_else(make, call, vllm, store, ana, faulty, counted):
     app = make(budget_ms=300)
     store.append("ben", [Event("search", 1.0, text="tea")])
-    app.service.states.get("ben")
+    app.service.encoding.states.get("ben")
     go = threading.Event()
     faulty.fault = lambda: go.wait(30)
     started = time.monotonic()
@@ -130,7 +130,7 @@ def test_an_encoder_that_is_slow_once(make, call, vllm, ana, faulty, counted, un
     faulty.fault = lambda: time.sleep(0.8)
     assert plain(app, vllm, counted, call(app, "POST", CHAT, asked()), "timeout")
     faulty.fault = lambda: None
-    until(lambda: ("default", "ana") in app.service.states)
+    until(lambda: ("default", "ana") in app.service.encoding.states)
     assert call(app, "POST", CHAT, asked()).outcome == ("personalized", None)
     assert faulty.calls == 1, "what came too late was kept"
 

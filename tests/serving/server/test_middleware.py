@@ -27,7 +27,7 @@ def app(make, ana):
 @pytest.fixture
 def expected(app, model):
     """The rows that a user and an instruction have when nothing else is going on."""
-    return lambda user, text: model.soft_rows([app.service.states.get(user)], [text])[0]
+    return lambda user, text: model.soft_rows([app.service.encoding.states.get(user)], [text])[0]
 
 
 def test_a_chat_opens_its_last_user_turn_with_the_users_rows(app, call, vllm, rows_of, expected):
@@ -269,4 +269,4 @@ def test_concurrent_users_are_never_mixed(make, acall, store, vllm, rows_of, mod
     for n, (user, text) in enumerate(work):
         assert torch.allclose(got[n], model.soft_rows([alone[user]], [text])[0], atol=1e-4), (n, user)
     assert not torch.allclose(got[0], got[4], atol=1e-3)
-    assert app.service.states.misses == len(users), "each user was encoded once"
+    assert app.service.encoding.states.misses == len(users), "each user was encoded once"

@@ -11,9 +11,10 @@ from starlette.applications import Starlette
 from persona.errors import PersonaError
 from persona.injection import PersonalizedLM, load_llm
 from persona.serving.server.config import ServerConfig
+from persona.serving.server.encoding import Encoding, log_error
 from persona.serving.server.errors import Refused
 from persona.serving.server.middleware import PersonaMiddleware
-from persona.serving.server.service import Service, check_caller_user, log_error
+from persona.serving.server.service import check_caller_user
 
 CHAT = "/v1/chat/completions"
 
@@ -46,7 +47,14 @@ def test_a_server_loads_its_adapter_when_it_starts(environment, vllm, tmp_path):
     app = PersonaMiddleware(vllm.app)
     assert [m["type"] for m in lifespan(app)] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
     assert (tmp_path / "served.db").exists()
-    assert {p.is_meta for n, p in app._service.model.llm.named_parameters() if "embed" not in n} == {True}
+    assert app._service.adapter.domain == "shop"
+    assert app._service.encoding._process.poll() is not None, "the encoding process has ended"
+
+
+def test_an_encoding_reads_no_weights_of_the_llm_but_its_embeddings(environment):
+    encoding = Encoding.load(ServerConfig.load())
+    assert {p.is_meta for n, p in encoding.model.llm.named_parameters() if "embed" not in n} == {True}
+    encoding.close()
 
 
 @pytest.mark.parametrize(
@@ -111,10 +119,9 @@ def test_closed_routes_are_logged(make, accepted, caplog):
     assert "closed: /v1/embeddings" in caplog.text
 
 
-def test_a_server_without_lifespan_loads_at_the_first_request(environment, vllm, call):
-    app = PersonaMiddleware(vllm.app)
-    assert call(app, "POST", CHAT, {"messages": [], "user": "ana"}).outcome == ("plain", "no-user-turn")
-    app._service.close()
+def test_a_server_that_runs_no_lifespan_is_told_so(vllm, call):
+    with pytest.raises(PersonaError, match="runs no lifespan"):
+        call(PersonaMiddleware(vllm.app), "POST", CHAT, {"messages": [], "user": "ana"})
 
 
 def test_an_adapter_with_lora_is_refused(llm_path, model, tmp_path):
@@ -122,7 +129,7 @@ def test_an_adapter_with_lora_is_refused(llm_path, model, tmp_path):
     own.add_lora(2)
     own.save_pretrained(tmp_path / "lora")
     with pytest.raises(PersonaError, match="merge it"):
-        Service.load(ServerConfig(adapter=str(tmp_path / "lora"), store="sqlite://"))
+        Encoding.load(ServerConfig(adapter=str(tmp_path / "lora"), store="sqlite://"))
 
 
 def test_closing_does_not_wait_for_what_hangs(make, call, ana, faulty):

@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from persona import Event, Persona
 from persona.serving.server.config import ServerConfig
+from persona.serving.server.encoding import Encoding
 from persona.serving.server.middleware import PersonaMiddleware
 from persona.serving.server.service import Service
 from persona.store import EventStore
@@ -153,6 +154,7 @@ def ours(serve, model, tmp_path):
     endpoint = Endpoint("vllm")
     config = ServerConfig(adapter="unused", keys_file=keys, budget_ms=60_000)
     endpoint.store = EventStore(f"sqlite:///{tmp_path / 'server.db'}")
-    endpoint.plugin = PersonaMiddleware(endpoint.app, Service(config, model, endpoint.store))
+    service = Service(config, Encoding(config, model, endpoint.store), endpoint.store)
+    endpoint.plugin = PersonaMiddleware(endpoint.app, service)
     endpoint.url = serve(endpoint.plugin)
     return endpoint

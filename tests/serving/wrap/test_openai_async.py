@@ -21,7 +21,7 @@ def test_async(vllm, persona, events):
     for i, user in enumerate(users):
         persona.observe(user, events[: 1 + i % 3])
     threads = set()
-    persona.model.encoder.resampler.register_forward_hook(lambda *_: threads.add(threading.get_ident()))
+    persona.model.projector.register_forward_hook(lambda *_: threads.add(threading.get_ident()))
 
     async def main():
         async with wrap(vllm.async_client(), persona) as client:

@@ -89,7 +89,7 @@ def test_errors_are_the_clients_own(vllm, persona, status):
 
 def test_retries_send_the_same_request_again(vllm, persona):
     reads = []
-    persona.model.encoder.resampler.register_forward_hook(lambda *_: reads.append(1))
+    persona.model.projector.register_forward_hook(lambda *_: reads.append(1))
     client = wrap(vllm.client(max_retries=2), persona)
     vllm.failures = [500, 429]
     answer = client.chat.completions.with_raw_response.create(model="m", messages=ASK, user_id=ANA)
