@@ -40,8 +40,13 @@ class Server:
         self.process, self.url, self.log = process, url, log
 
     def memory(self) -> float:
-        """Resident memory of the process that listens (not of the engine it started), in MiB."""
-        return psutil.Process(self.process.pid).memory_info().rss / 2**20
+        """Memory in MiB of the process that listens and of ours beside it, not of vLLM's engine.
+
+        Pages that processes share (PyTorch's libraries, for one) count in equal parts for each of them (PSS).
+        """
+        listening = psutil.Process(self.process.pid)
+        ours = [child for child in listening.children() if "persona.serving.server.process" in child.cmdline()]
+        return sum(process.memory_full_info().pss for process in (listening, *ours)) / 2**20
 
     def kill(self) -> None:
         """SIGKILL to the server and all it started."""
@@ -64,18 +69,18 @@ class Server:
 
 @contextmanager
 def server(
-    arguments: Sequence[str] = (), *, port: int | None = None, wait: float = 240, **environment
+    arguments: Sequence[str] = (), *, adapter: str = ADAPTER, llm: str = LLM, port: int | None = None, **environment
 ) -> Iterator[Server]:
-    """`persona serve` with the demo adapter, ready; stopped at the end."""
-    argv = ["-m", "persona.cli", "serve", "--adapter", ADAPTER, "--llm", LLM, *arguments]
-    with process(argv, port=port, wait=wait, **environment) as found:
+    """`persona serve`, ready; stopped at the end."""
+    argv = ["-m", "persona.cli", "serve", "--adapter", adapter, "--llm", llm, *arguments]
+    with process(argv, port=port, **environment) as found:
         yield found
 
 
 @contextmanager
-def plain_vllm(arguments: Sequence[str] = ()) -> Iterator[Server]:
+def plain_vllm(arguments: Sequence[str] = (), *, adapter: str = ADAPTER, llm: str = LLM) -> Iterator[Server]:
     """The same vLLM as `server` starts, without the plug-in."""
-    config = ServerConfig.load(adapter=ADAPTER, llm=LLM)
+    config = ServerConfig.load(adapter=adapter, llm=llm)
     argv, environment = command(config, arguments, os.environ)
     argv = argv[1 : argv.index("--middleware")]
     with process(without(argv, "--port"), **environment) as found:

@@ -2,8 +2,9 @@
 
     python benchmarks/serving/faults.py --out benchmarks/results/faults.json
 
-Our application runs in this process, as a gateway, so that its encoder and its store can be broken; vLLM runs in
-another, and behind each fault a sound call is made. The tests hold every row of the table.
+Our application runs in this process, as a gateway, and so does its encoding, which otherwise has a process of its
+own, so that both can be broken. vLLM runs in another, and behind each fault a sound call is made. The
+tests hold every row of the table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import ADAPTER, LLM, QUESTIONS, VLLM_FLAGS, free_port, plain_vllm, write
 
 from persona.serving.server.config import ServerConfig
+from persona.serving.server.encoding import Encoding
 from persona.serving.server.gateway import proxy
 from persona.serving.server.middleware import PersonaMiddleware
 from persona.serving.server.service import Service
@@ -54,15 +56,19 @@ class Breakable(nn.Module):
 class Front:
     """Our application in front of an upstream, on a port of its own, with a store and an encoder of its own."""
 
-    def __init__(self, upstream: str, folder: Path, **settings):
+    def __init__(self, upstream: str, folder: Path, *, own_process: bool = False, **settings):
         self.database = folder / f"{len(list(folder.iterdir()))}.db"
+        store = f"sqlite:///{self.database}"
         config = ServerConfig.load(
-            adapter=ADAPTER, llm=LLM, store=f"sqlite:///{self.database}", upstream=upstream, budget_ms=BUDGET_MS,
-            **settings,
-        )  # fmt: skip
+            adapter=ADAPTER, llm=LLM, store=store, upstream=upstream, budget_ms=BUDGET_MS, **settings
+        )
         self.service = Service.load(config)
-        self.encoder = self.service.model.encoder
-        self.encoder.backbone = self.broken = Breakable(self.encoder.backbone)
+        if own_process:
+            self.encoding = self.service.encoding
+        else:
+            self.encoding = self.service.encoding = Encoding.load(config)
+            encoder = self.encoding.model.encoder
+            encoder.backbone = self.broken = Breakable(encoder.backbone)
         app, port = PersonaMiddleware(proxy(config), self.service), free_port()
         self.server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", lifespan="on"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -140,6 +146,8 @@ def main(args: argparse.Namespace) -> None:
             callers(run, front)
             streams(run, front, vllm.url)
             database_gone(run, front)
+        with started(vllm.url, folder, own_process=True) as front:
+            killed(run, front)
         with started(vllm.url, folder, require_personalization=True) as front:
             required(run, front)
         with started(vllm.url, folder, keys_file=keys, jwt_key=JWT_KEY) as front:
@@ -185,10 +193,19 @@ def encoder(run: Run, front: Front) -> None:
     go.set()
     run.sound(front, "ben")
     for what, bad in (("NaN", float("nan")), ("a row of zeros", 0.0)):
-        hook = front.service.model.projector.register_forward_hook(lambda _, args, rows, bad=bad: rows.fill_(bad))
+        hook = front.encoding.model.projector.register_forward_hook(lambda _, args, rows, bad=bad: rows.fill_(bad))
         run.note(f"encoder makes {what}", "chat", front.chat)
         hook.remove()
         run.sound(front)
+
+
+def killed(run: Run, front: Front) -> None:
+    """The encoding process is killed; the server starts another."""
+    front.chat()
+    front.encoding._process.kill()
+    run.note("encoding process killed", "chat", front.chat)
+    run.note("encoding process killed", "append events", lambda: front.http.post(EVENTS, json=event("ana")))
+    run.sound(front, wait=60)
 
 
 def store(run: Run, front: Front) -> None:
@@ -198,7 +215,8 @@ def store(run: Run, front: Front) -> None:
     run.note("database locked by a writer", "chat", front.chat)
     run.note("database locked by a writer", "append events", lambda: front.http.post(EVENTS, json=event("ana")))
     other.close()
-    front.service.store.close()  # our own open connections would keep the other from locking it
+    for store in (front.service.store, front.encoding.store):
+        store.close()  # our own open connections would keep the other from locking it
     other = sqlite3.connect(front.database, isolation_level=None)
     other.execute("PRAGMA locking_mode=EXCLUSIVE")
     other.execute("BEGIN EXCLUSIVE")

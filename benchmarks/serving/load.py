@@ -24,10 +24,11 @@ from urllib.parse import quote
 
 import aiohttp
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import LLM, QUESTIONS, SYSTEM, VLLM_FLAGS, history_text, plain_vllm, server, shop_histories, write
-from transformers import AutoTokenizer
+from common import ADAPTER, LLM, QUESTIONS, SYSTEM, VLLM_FLAGS, history_text, plain_vllm, server, shop_histories, write
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from persona.evaluation.intervals import interval
 from persona.history import event_to_dict
@@ -36,6 +37,7 @@ from persona.serving.server.requests import INSTRUCTION_HEADER
 KINDS = ("plain", "personalised", "personalised_new_instruction", "text_400")
 WORKLOADS = {"short": {"max_tokens": 8}, "long": {"max_tokens": 32, "ignore_eos": True}}
 """The answer as it comes, one or two tokens for most questions; and 32 tokens whatever the LLM would say."""
+QUIET = ["--disable-uvicorn-access-log"]
 HISTORY_TOKENS = 400
 COLD_EVENTS = 500
 
@@ -43,24 +45,25 @@ COLD_EVENTS = 500
 async def main(args: argparse.Namespace) -> None:
     """All measurements, one server after the other."""
     histories = shop_histories(args.data, args.users)
-    tokenizer = AutoTokenizer.from_pretrained(LLM)
+    tokenizer = AutoTokenizer.from_pretrained(args.llm)
     texts = {user: history_text(history, tokenizer, HISTORY_TOKENS) for user, history in histories.items()}
-    result: dict = {"n": {"users": len(histories)}, "workloads": {}}
+    result: dict = {"n": {"users": len(histories)}, "llm": parameters(args.llm), "workloads": {}}
+    chosen = {"adapter": args.adapter, "llm": args.llm}
     with tempfile.TemporaryDirectory() as folder:
         with server(
-            ["--store", f"sqlite:///{folder}/persona.db", *VLLM_FLAGS, "--disable-uvicorn-access-log"]
+            ["--store", f"sqlite:///{folder}/persona.db", *VLLM_FLAGS, *QUIET], PERSONA_BUDGET_MS="20000", **chosen
         ) as found:
             async with aiohttp.ClientSession(found.url) as session:
                 await store(session, histories)
                 before = found.memory()
-                await warm(session, histories)
+                await warm(session, args.llm, histories)
                 load = Load(session, list(histories), texts, args)
-                for name in WORKLOADS:
+                for name in args.workloads:
                     result["workloads"][name] = {str(c): await load.compare(name, c) for c in args.concurrency}
-                result["cold_user"] = await cold(session, histories)
+                result["cold_user"] = await cold(session, args.llm, histories)
                 result["plug_in"] = plug_in(await (await session.get("/persona/metrics")).text())
                 with_plug_in = {"idle_mib": round(before), "after_load_mib": round(found.memory())}
-        with plain_vllm([*VLLM_FLAGS, "--disable-uvicorn-access-log"]) as found:
+        with plain_vllm([*VLLM_FLAGS, *QUIET], **chosen) as found:
             async with aiohttp.ClientSession(found.url) as session:
                 await Load(session, list(histories), texts, args).run("plain", "short", 32, 1600)
             memory = {
@@ -96,9 +99,10 @@ class Load:
                 "median_latency_ms": round(float(np.median(latencies)), 1),
                 "prompt_tokens": round(float(np.mean(tokens))),
             }
-        for other in ("plain", "text_400"):
-            table[f"throughput_to_{other}"] = self._summary([r["personalised"][0] / r[other][0] for r in rounds])
         for kind in ("personalised", "personalised_new_instruction"):
+            for name, other in (("plain", "plain"), ("text", "text_400")):
+                ratios = [r[kind][0] / r[other][0] for r in rounds]
+                table[f"throughput_to_{name}_{kind}"] = self._summary(ratios)
             table[f"added_latency_ms_{kind}"] = self._summary([r[kind][1] - r["plain"][1] for r in rounds])
         print(f"{workload} answers, {concurrency} callers: {table}", flush=True)
         return table
@@ -135,7 +139,7 @@ class Load:
         if kind == "text_400":
             turn = f"{self.texts[user]}\n{turn}"
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": turn}]
-        body = {"model": LLM, "messages": messages, "temperature": 0, **WORKLOADS[workload]}
+        body = {"model": self.args.llm, "messages": messages, "temperature": 0, **WORKLOADS[workload]}
         if not kind.startswith("personalised"):
             return body, {}
         return {**body, "user": user}, {INSTRUCTION_HEADER: quote(question)} if kind == "personalised" else {}
@@ -148,14 +152,14 @@ async def store(session: aiohttp.ClientSession, histories: dict) -> None:
         await post(session, "/persona/v1/events", {"user": user, "events": events})
 
 
-async def warm(session: aiohttp.ClientSession, histories: dict) -> None:
+async def warm(session: aiohttp.ClientSession, llm: str, histories: dict) -> None:
     """One short call for each user, so that all states are cached."""
     for user in histories:
         messages = [{"role": "user", "content": QUESTIONS[0]}]
-        await post(session, "/v1/chat/completions", {"model": LLM, "messages": messages, "max_tokens": 1, "user": user})
+        await post(session, "/v1/chat/completions", {"model": llm, "messages": messages, "max_tokens": 1, "user": user})
 
 
-async def cold(session: aiohttp.ClientSession, histories: dict) -> dict:
+async def cold(session: aiohttp.ClientSession, llm: str, histories: dict) -> dict:
     """Calls for users with 500 events whose state is not cached, with known and with new texts."""
     events = [event_to_dict(e) for history in list(histories.values())[:20] for e in history.events if e.timestamp]
     times: dict[str, list[float]] = {"known_texts": [], "new_texts": [], "cached_after": [], "storing_500_events": []}
@@ -169,7 +173,7 @@ async def cold(session: aiohttp.ClientSession, histories: dict) -> dict:
             await post(session, "/persona/v1/events", {"user": user, "events": own})
             times["storing_500_events"].append(time.perf_counter() - start)
             body = {
-                "model": LLM,
+                "model": llm,
                 "messages": [{"role": "user", "content": QUESTIONS[0]}],
                 "max_tokens": 1,
                 "user": user,
@@ -181,6 +185,13 @@ async def cold(session: aiohttp.ClientSession, histories: dict) -> dict:
                 if headers["x-persona"] != "personalized":
                     raise SystemExit(f"{name}: answered plainly: {headers.get('x-persona-reason')}")
     return {"events": COLD_EVENTS, **{f"{k}_ms": round(float(np.median(v)) * 1000, 1) for k, v in times.items()}}
+
+
+def parameters(llm: str) -> dict:
+    """How large the LLM is."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llm))
+    return {"name": llm, "parameters": sum(p.numel() for p in model.parameters())}
 
 
 def plug_in(metrics: str) -> dict:
@@ -217,6 +228,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--users", type=int, default=300, help="more than whose prompts the KV cache holds")
     parser.add_argument("--rounds", type=int, default=10, help="ten times as many for one caller")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--adapter", default=ADAPTER, help="another adapter than the demo's")
+    parser.add_argument("--llm", default=LLM, help="the LLM it is for")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

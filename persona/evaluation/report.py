@@ -122,18 +122,22 @@ def update_readme(readme: str | Path, results: Sequence[str | Path]) -> list[str
 
     Raises `DataError` when a result has no pair of markers.
     """
-    path = Path(readme)
-    text, done = path.read_text(encoding="utf-8"), []
+    done = []
     for file in results:
-        name = Path(file).stem
-        result, marker = load_result(file), _MARKER.format(name=name)
-        parts = text.split(marker)
-        if len(parts) != 3:
-            raise DataError(f"{path} needs two lines {marker} around the place of the table, not {len(parts) - 1}")
-        body = (
-            "\n" + "\n\n".join(filter(None, (markdown_table(result), paired_table(result), cost_line(result)))) + "\n"
-        )
-        text = marker.join([parts[0], body, parts[2]])
-        done.append(name)
-    path.write_text(text, encoding="utf-8")
+        result = load_result(file)
+        body = "\n\n".join(filter(None, (markdown_table(result), paired_table(result), cost_line(result))))
+        replace_section(readme, Path(file).stem, body)
+        done.append(Path(file).stem)
     return done
+
+
+def replace_section(file: str | Path, name: str, body: str) -> None:
+    """Puts `body` between the two lines `<!-- persona:NAME -->` of a Markdown file.
+
+    Raises `DataError` when there is no such pair.
+    """
+    path, marker = Path(file), _MARKER.format(name=name)
+    parts = path.read_text(encoding="utf-8").split(marker)
+    if len(parts) != 3:
+        raise DataError(f"{path} needs two lines {marker} around the place of the table, not {len(parts) - 1}")
+    path.write_text(marker.join([parts[0], f"\n{body}\n", parts[2]]), encoding="utf-8")

@@ -34,7 +34,7 @@ def expected(persona, cases):
     return answers
 
 
-@pytest.fixture(params=["plug-in", "gateway", "wrap on plain vLLM"])
+@pytest.fixture(params=["plug-in", "wrap on plain vLLM", pytest.param("gateway", marks=pytest.mark.slow)])
 def ask(request, persona):
     """A client for each way, and how it names the user."""
     name = {"plug-in": "served", "gateway": "gateway", "wrap on plain vLLM": "plain"}[request.param]

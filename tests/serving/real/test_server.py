@@ -76,7 +76,7 @@ def test_what_would_stop_the_engine_is_refused_and_it_goes_on(served, model, his
 def test_vllms_own_errors_pass_and_are_not_called_personal(served, model, histories):
     user = next(iter(histories))
     for more in ({"max_tokens": -1}, {"model": "no-such-model"}, {"temperature": "hot"}):
-        reply = httpx.post(served.url + CHAT, json=asked(model, user, **more))
+        reply = httpx.post(served.url + CHAT, json=asked(model, user) | more)
         assert reply.status_code in (400, 404, 422) and reply.json()["error"]["message"]
         assert "x-persona" not in reply.headers
 
