@@ -59,6 +59,11 @@ class UserState:
     truncated: bool = False
     """See `UserTokens.truncated`."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in (self.states, self.memory, *self.cache))
+
 
 @dataclass(frozen=True)
 class InstructionState:

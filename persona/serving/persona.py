@@ -41,10 +41,10 @@ class Persona:
         engine: VLLMEngine | None = None,
         *,
         tenant: str = "default",
-        cache_size: int = 10_000,
+        cache_mib: float = 256,
     ):
         self.model, self.store, self.engine, self.tenant = model.eval(), store, engine, tenant
-        self.states = UserStates(model.encoder, store, cache_size)
+        self.states = UserStates(model.encoder, store, cache_mib)
         self.personalizer = Personalizer(model, self.states)
 
     @classmethod

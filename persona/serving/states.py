@@ -34,13 +34,14 @@ class UserStates:
     a lock; requests for the same user encode once.
     """
 
-    def __init__(self, encoder: UserEncoder, store: EventStore, cache_size: int = 10_000, patience: float = 60.0):
-        self.encoder, self.store, self.cache_size, self.patience = encoder, store, cache_size, patience
+    def __init__(self, encoder: UserEncoder, store: EventStore, cache_mib: float = 256, patience: float = 60.0):
+        self.encoder, self.store, self.cache_mib, self.patience = encoder, store, cache_mib, patience
         self.hits = self.misses = 0
         """Look-ups answered from memory, and those that had to encode."""
         self._states: OrderedDict[tuple[str, str], _Known] = OrderedDict()
         self._instructions: OrderedDict[str, InstructionState] = OrderedDict()
         self._instructed = Combined(encoder.instruct, patience)
+        self._bytes = 0
         self._lock = threading.Lock()
         self._encoding = [threading.Lock() for _ in range(_STRIPES)]
         self._forgotten = 0
@@ -107,7 +108,7 @@ class UserStates:
             with self._lock:
                 self._forgotten += 1
                 self._instructions.clear()  # any of them may quote what is to be forgotten
-                known = self._states.pop((tenant, user), None)
+                known = self._drop((tenant, user))
             # What is in memory may have come after the history was read, or be forgotten already by another process.
             self._forget_texts([*history.events, *(known.events if known else ())])
 
@@ -129,7 +130,7 @@ class UserStates:
         with self._lock:
             known = self._states.get(key)
             if known and not revision:
-                del self._states[key]  # forgotten by another process
+                self._drop(key)  # forgotten by another process
             elif known and known.revision == revision:
                 self._states.move_to_end(key)
                 self.hits += 1
@@ -143,10 +144,17 @@ class UserStates:
             self.misses += 1
             if forgotten != self._forgotten:
                 return  # somebody was forgotten meanwhile, perhaps this user
+            self._drop(key)
             self._states[key] = known
-            self._states.move_to_end(key)
-            while len(self._states) > self.cache_size:
-                self._states.popitem(last=False)
+            self._bytes += known.state.nbytes
+            while self._bytes > self.cache_mib * 2**20:
+                self._drop(next(iter(self._states)))  # the one that was not asked for for the longest time
+
+    def _drop(self, key: tuple[str, str]) -> _Known | None:
+        """Takes a state out of memory; the lock is held."""
+        known = self._states.pop(key, None)
+        self._bytes -= known.state.nbytes if known else 0
+        return known
 
     def _extended(self, known: _Known, history: History) -> UserState | None:
         """The old state continued by newer events, or None where only encoding again is right."""

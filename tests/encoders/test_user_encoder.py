@@ -162,6 +162,17 @@ def test_users_decide_the_tokens(encoder, shop_histories):
     assert (a.tokens - b.tokens).abs().max() > 1e-3
 
 
+def test_an_instruction_encoded_before_asks_the_same(encoder, shop_histories):
+    states, texts = encoder.encode(shop_histories[:3]), [ASK, "Which app does this user open most of all apps?", ""]
+    asked = encoder.instruct(texts)
+    assert len({len(a.latents) for a in asked}) == 3
+    for given in (asked, [asked[0], texts[1], asked[2]]):
+        for own, expected in zip(encoder.tokens(states, given), encoder.tokens(states, texts)):
+            assert close(own.tokens, expected.tokens)
+    alone = [encoder.tokens([state], encoder.instruct([text]))[0] for state, text in zip(states, texts)]
+    assert all(close(a.tokens, b.tokens) for a, b in zip(alone, encoder.tokens(states, texts)))
+
+
 def test_every_prefix_of_the_tokens_is_what_count_gives(encoder, shop_histories):
     state = encoder.encode(shop_histories[:1])
     whole = encoder.tokens(state, [ASK])[0].tokens

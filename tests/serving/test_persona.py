@@ -185,11 +185,15 @@ def test_tenants_share_nothing(model, store):
 
 
 def test_the_cache_is_bounded_and_drops_the_longest_unused(model, store):
-    persona = Persona(model, store, cache_size=2)
+    one = model.encoder.encode([History("x", (search(1, "x"),))])[0].nbytes
+    persona = Persona(model, store, cache_mib=2.5 * one / 2**20)
     for user in ("a", "b", "c"):
         persona.observe(user, search(1, user))
     persona.state("a"), persona.state("b"), persona.state("a"), persona.state("c")
     assert ("default", "a") in persona.states and ("default", "c") in persona.states and len(persona.states) == 2
+    assert persona.states._bytes == 2 * one
+    persona.forget("a"), persona.forget("c")
+    assert persona.states._bytes == len(persona.states) == 0
 
 
 def test_from_pretrained(model, tmp_path, llm_path, shop_histories):

@@ -39,6 +39,15 @@ def gate(encoder):
 
 
 @pytest.fixture
+def early_states(encoder, monkeypatch):
+    """Stands before the text encoder's work on instructions."""
+    gate = Gate(encoder.text_encoder._encode_states)
+    monkeypatch.setattr(encoder.text_encoder, "_encode_states", gate)
+    yield gate
+    gate.go.set()
+
+
+@pytest.fixture
 def early(encoder, monkeypatch):
     """Stands before the text encoder, after the history has been read."""
     gate = Gate(encoder.text_encoder.vectors)
@@ -232,3 +241,28 @@ def test_a_store_that_fails_is_not_hidden(states, store, tmp_path):
     for call in (states.get, states.forget):
         with pytest.raises(PersonaError, match="removed or replaced"):
             call("u")
+
+
+def test_an_instruction_is_encoded_once_for_all_who_ask_it(states, encoder, early_states, pool):
+    early_states.go.clear()
+    asked = [pool.submit(states.instruction, text) for text in ("first?", "same?", "same?", "other?")]
+    assert early_states.reached.wait(10)
+    early_states.go.set()
+    first, same, again, other = (a.result(30) for a in asked)
+    calls = early_states.calls
+    assert calls <= 3 and states.instruction("same?") is not None and early_states.calls == calls
+    assert torch.allclose(same.latents, again.latents) and not torch.equal(first.latents[-1], other.latents[-1])
+    assert torch.allclose(same.latents, encoder.instruct(["same?"])[0].latents, atol=1e-5)
+
+
+def test_instructions_are_forgotten_with_any_user(states, store, encoder, early_states, pool):
+    states.instruction("where did ana go?")
+    states.forget("ana")
+    assert not states._instructions and not encoder.text_encoder._states
+    early_states.go.clear()
+    early_states.reached.clear()
+    late = pool.submit(states.instruction, "and ana's sister?")
+    assert early_states.reached.wait(10)
+    states.forget("ana")
+    early_states.go.set()
+    assert len(late.result(30).latents) and not states._instructions, "it may quote her"

@@ -48,8 +48,8 @@ class ServerConfig(BaseSettings):
     """Requests that may wait for these threads; further ones are answered plainly."""
     max_body: int = Field(2 * 2**20, ge=1024)
     """Bytes; a longer request body is refused with 413."""
-    cache_size: int = Field(10_000, ge=1)
-    """Users whose states are kept in memory."""
+    cache_mib: float = Field(256.0, gt=0)
+    """Memory for the states of users, in MiB; those that were not asked for for the longest time go first."""
     device: str = "cpu"
     """Where the user encoder runs; the GPU is the LLM's."""
     upstream: str | None = None

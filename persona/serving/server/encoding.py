@@ -48,7 +48,7 @@ class Encoding:
 
     def __init__(self, config: ServerConfig, model: PersonalizedLM, store: EventStore):
         self.model, self.store = model.eval(), store
-        self.states = UserStates(model.encoder, store, config.cache_size, patience=config.budget_ms / 1000)
+        self.states = UserStates(model.encoder, store, config.cache_mib, patience=config.budget_ms / 1000)
         self.personalizer = Personalizer(model, self.states)
         # One thread an encoding: more would each bring along threads of OpenMP, which spin while they wait.
         self._pool = ThreadPoolExecutor(config.encode_threads, "persona", torch.set_num_threads, (1,))

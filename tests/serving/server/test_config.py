@@ -27,7 +27,7 @@ def test_settings_are_read_from_the_environment(monkeypatch, tmp_path):
         ("encode_threads", "0"),
         ("max_pending", "0"),
         ("max_body", "10"),
-        ("cache_size", "-1"),
+        ("cache_mib", "-1"),
         ("jwt_algorithm", "none"),
         ("jwt_algorithm", "HS257"),
         ("require_personalization", "perhaps"),

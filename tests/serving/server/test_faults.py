@@ -186,6 +186,8 @@ def test_the_engine_dies(make, call, vllm, ana, counted):
     app = make()
     with pytest.raises(RuntimeError, match="engine died"):
         call(app, "POST", CHAT, asked(fail=True))
-    assert call(app, "POST", CHAT, asked(status=503)).status == 503
-    for reason in ("RuntimeError", "503"):
+    reply = call(app, "POST", CHAT, asked(status=503))
+    assert reply.status == 503 and reply.outcome == (None, None), "nobody was answered, so nothing is said of the user"
+    assert call(app, "POST", CHAT, asked(status=400)).outcome == (None, None)
+    for reason in ("RuntimeError", "503", "400"):
         assert counted(app, "persona_requests_total", route=CHAT, outcome="failed", reason=reason) == 1

@@ -156,3 +156,12 @@ def test_a_logged_error_keeps_its_message_to_itself(caplog):
     except ValueError as error:
         log_error("it failed", error)
     assert "it failed: ValueError" in caplog.text and "test_service.py" in caplog.text and secret not in caplog.text
+
+
+def test_an_error_that_is_raised_on_purpose_is_logged_in_one_line(caplog):
+    try:
+        raise PersonaError("a user's text")
+    except PersonaError as error:
+        log_error("it failed", error)
+    assert "it failed: PersonaError in" in caplog.text and len(caplog.text.splitlines()) == 1
+    assert "a user's text" not in caplog.text
