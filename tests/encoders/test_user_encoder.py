@@ -166,8 +166,8 @@ def test_an_instruction_encoded_before_asks_the_same(encoder, shop_histories):
     states, texts = encoder.encode(shop_histories[:3]), [ASK, "Which app does this user open most of all apps?", ""]
     asked = encoder.instruct(texts)
     assert len({len(a.latents) for a in asked}) == 3
-    for given in (asked, [asked[0], texts[1], asked[2]]):
-        for own, expected in zip(encoder.tokens(states, given), encoder.tokens(states, texts)):
+    for mixed in (asked, [asked[0], texts[1], asked[2]]):
+        for own, expected in zip(encoder.tokens(states, mixed), encoder.tokens(states, texts)):
             assert close(own.tokens, expected.tokens)
     alone = [encoder.tokens([state], encoder.instruct([text]))[0] for state, text in zip(states, texts)]
     assert all(close(a.tokens, b.tokens) for a, b in zip(alone, encoder.tokens(states, texts)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from persona.errors import PersonaError
-from persona.history import Event
+from persona.history import Event, History
 from persona.injection import PersonalizedLM
 from persona.serving import Answer, Persona
 from persona.store import EventStore
