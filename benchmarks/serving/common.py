@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import aiohttp
 import httpx
 import psutil
 
@@ -30,6 +31,8 @@ from persona.training.recipe import load_recipe
 RECIPE, ADAPTER, LLM = "adapters/demo/recipe.yaml", "adapters/demo/weights", "adapters/demo/lm"
 SYSTEM = "You are the assistant of a shop that sells music, sports and travel goods. Answer in one word. " * 2
 QUESTIONS = ["What does this user buy most?", "What did this user buy most lately?"]
+GIT_HASH = git_hash()
+"""As it was when the run began."""
 VLLM_FLAGS = ["--max-model-len", "1024", "--max-num-seqs", "32", "--max-num-batched-tokens", "1024"]
 
 
@@ -120,6 +123,12 @@ def process(argv: Sequence[str], *, port: int | None = None, wait: float = 240, 
         found.stop()
 
 
+def client(url: str) -> aiohttp.ClientSession:
+    """A session without limits that lets idle connections go before the server closes them (uvicorn: 5 s)."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    return aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as found:
@@ -156,7 +165,7 @@ def write(out: str, result: dict, seed: int) -> None:
     result |= {
         "command": " ".join(["python", module[module.index("benchmarks") :], *sys.argv[1:]]),
         "seed": seed,
-        "git_hash": git_hash(),
+        "git_hash": GIT_HASH,
         "versions": versions,
         "machine": {"cores": os.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / 2**30), "cpu": cpu()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -23,7 +23,7 @@ import aiohttp
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import ADAPTER, LLM, QUESTIONS, SYSTEM, VLLM_FLAGS, free_port, server, shop_histories, write
+from common import ADAPTER, LLM, QUESTIONS, SYSTEM, VLLM_FLAGS, client, free_port, server, shop_histories, write
 
 from persona.history import History, event_to_dict
 from persona.injection import PersonalizedLM
@@ -75,7 +75,6 @@ async def main(args: argparse.Namespace) -> None:
                 result["crowd"] = await ask_all(session, expected, args.requests, random.Random(args.seed))
                 metrics = await (await session.get("/metrics")).text()
                 result["crowd"]["prefix_cache_hit_tokens"] = metric(metrics, "vllm:prefix_cache_hits_total")
-            async with client(found.url) as session:  # whose connections the server has not begun to close as idle
                 acknowledged = await until_killed(session, expected, found, args)
         with server(flags, port=port, **crowd) as found:
             async with client(found.url) as session:
@@ -85,13 +84,6 @@ async def main(args: argparse.Namespace) -> None:
     wrong = [result["crowd"]["wrong"], result["after_restart"]["wrong"], result["kill"]["lost_events"]]
     if any(wrong):
         raise SystemExit(f"wrong answers or lost events: {wrong}")
-
-
-def client(url: str) -> aiohttp.ClientSession:
-    """A session without a limit of connections."""
-    return aiohttp.ClientSession(
-        url, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
-    )
 
 
 def assigned(histories: Mapping[str, History], count: int) -> dict[tuple[str, str], History]:

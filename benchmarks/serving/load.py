@@ -27,7 +27,19 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import ADAPTER, LLM, QUESTIONS, SYSTEM, VLLM_FLAGS, history_text, plain_vllm, server, shop_histories, write
+from common import (
+    ADAPTER,
+    LLM,
+    QUESTIONS,
+    SYSTEM,
+    VLLM_FLAGS,
+    client,
+    history_text,
+    plain_vllm,
+    server,
+    shop_histories,
+    write,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from persona.evaluation.intervals import interval
@@ -53,7 +65,7 @@ async def main(args: argparse.Namespace) -> None:
         with server(
             ["--store", f"sqlite:///{folder}/persona.db", *VLLM_FLAGS, *QUIET], PERSONA_BUDGET_MS="20000", **chosen
         ) as found:
-            async with aiohttp.ClientSession(found.url) as session:
+            async with client(found.url) as session:
                 await store(session, histories)
                 before = found.memory()
                 await warm(session, args.llm, histories)
@@ -64,7 +76,7 @@ async def main(args: argparse.Namespace) -> None:
                 result["plug_in"] = plug_in(await (await session.get("/persona/metrics")).text())
                 with_plug_in = {"idle_mib": round(before), "after_load_mib": round(found.memory())}
         with plain_vllm([*VLLM_FLAGS, *QUIET], **chosen) as found:
-            async with aiohttp.ClientSession(found.url) as session:
+            async with client(found.url) as session:
                 await Load(session, list(histories), texts, args).run("plain", "short", 32, 1600)
             memory = {
                 "plain_after_load_mib": round(found.memory()),
