@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 
 import torch
+from cachetools import LRUCache
 from torch.nn.functional import normalize
 
 from persona.errors import CheckpointError
 
 DEFAULT = "all-MiniLM-L6-v2"
-INSTRUCTIONS = 5_000
-"""Instructions whose token states are kept; each takes some 20 to 400 KB."""
+INSTRUCTION_LENGTH = 4_000
+"""Characters of an instruction that are read; text encoders read some 256 tokens."""
+STATES_BYTES = 256 * 2**20
+"""Memory for the token states of instructions, 20 to 400 KB each."""
 DEFAULT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -38,7 +41,7 @@ class TextEncoder:
         self.cache_size = cache_size
         self._lock = threading.Lock()
         self._vectors: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._states: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._states: LRUCache[str, torch.Tensor] = LRUCache(STATES_BYTES, getsizeof=lambda states: states.nbytes)
         self._forgotten = 0
 
     @property
@@ -54,6 +57,7 @@ class TextEncoder:
 
     def states_of(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """States `[1 + T, dim]` of each instruction: its pooled vector, then the vector of each of its T tokens."""
+        texts = [text[:INSTRUCTION_LENGTH] for text in texts]
         found = self._cached(self._states, texts, self._encode_states)
         return [found[t] for t in texts]
 
@@ -74,7 +78,7 @@ class TextEncoder:
         tokens = [t.float().cpu() for t in made]
         return [normalize(torch.cat([t.mean(0, keepdim=True), t]), dim=-1) for t in tokens]
 
-    def _cached(self, cache: OrderedDict, texts: Sequence[str], encode: Callable) -> dict[str, torch.Tensor]:
+    def _cached(self, cache: MutableMapping, texts: Sequence[str], encode: Callable) -> dict[str, torch.Tensor]:
         """What `encode` makes of each distinct text, from the cache where it is known."""
         with self._lock:
             found, forgotten = {t: cache[t] for t in texts if t in cache}, self._forgotten
@@ -84,8 +88,8 @@ class TextEncoder:
             with self._lock:
                 if forgotten == self._forgotten:  # else one of these texts may be what was to be forgotten
                     cache.update(made)
-                while len(cache) > (self.cache_size if cache is self._vectors else INSTRUCTIONS):
-                    cache.popitem(last=False)
+                while len(self._vectors) > self.cache_size:
+                    self._vectors.popitem(last=False)
             found.update(made)
         return found
 

@@ -72,6 +72,11 @@ class InstructionState:
     latents: torch.Tensor
     """`[K + T, d]`: the K queries, then the T states of the instruction."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.latents.nbytes
+
 
 class UserEncoder(HubMixin, nn.Module):
     """Event encoders, a sequence backbone and an instruction-aware resampler."""

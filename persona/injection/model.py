@@ -186,6 +186,11 @@ class PersonalizedLM(nn.Module):
         tokens = self.encoder.tokens(states, instructions, count)
         return self.projector(torch.stack([t.tokens for t in tokens]))
 
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of one row of the LLM's input embeddings."""
+        return self.adapter.llm_width * self.llm.get_input_embeddings().weight.element_size()
+
     @torch.inference_mode()
     def prompt_rows(self, prompt: Prompt, rows: torch.Tensor | None) -> torch.Tensor:
         """The whole prompt as embeddings `[L, llm_width]`, its soft positions holding `rows` `[count, llm_width]`.

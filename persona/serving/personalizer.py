@@ -29,11 +29,15 @@ REASONS = {
     "no-user-turn": "there is no user turn to put the user tokens before",
     "echo": "vLLM cannot echo a prompt that holds embeddings",
     "suffix": "vLLM cannot take a suffix beside embeddings",
+    "too-long": "the prompts are too many or too long to be sent as embeddings",
     "timeout": "encoding the user took longer than the budget",
     "busy": "too many users are being encoded",
     "failed": "the store or the encoder failed",
 }
 """Why a call is answered plainly: the word in headers and metrics, and what it means."""
+
+MOST_PROMPTS, MOST_BYTES = 64, 256 * 2**20
+"""Prompts of one completion request, and bytes of their embeddings: a token of text becomes a whole row."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,15 @@ class Personalizer:
         prompts, template = _prompts(body.get("prompt")), self.model.template
         if not prompts:
             return body, Outcome(False, "no-user-turn")
+        if len(prompts) > MOST_PROMPTS:
+            return body, Outcome(False, "too-long")
         rows, outcome = self.rows(user, [instruction or template.instruction(p) for p in prompts], count, **tenant)
         if rows is None:
             return body, outcome
         special = body.get("add_special_tokens", True)
         placed = [template.place(p, rows.shape[1], add_special_tokens=special) for p in prompts]
+        if sum(len(p.ids) for p in placed) * self.model.embedding_bytes > MOST_BYTES:
+            return body, Outcome(False, "too-long")
         embeds = [encode_rows(self.model.prompt_rows(p, r)) for p, r in zip(placed, rows)]
         rest = {key: value for key, value in body.items() if key != "prompt"}
         return {**rest, "prompt_embeds": embeds if len(embeds) > 1 else embeds[0]}, outcome

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from cachetools import LRUCache
 
 from persona.encoders import InstructionState, UserEncoder, UserState
 from persona.encoders.features import event_rows
+from persona.encoders.text import INSTRUCTION_LENGTH
 from persona.history import Event, History
 from persona.serving.combined import Combined, PatienceError
 from persona.store import EventStore
 
 _STRIPES = 64
-_INSTRUCTIONS = 5_000
-"""Instructions whose states are kept; each takes some 10 KB."""
+_INSTRUCTIONS_MIB = 32
+"""Memory for the states of instructions, 5 to 200 KB each."""
 
 
 class _Known(NamedTuple):
@@ -25,6 +27,11 @@ class _Known(NamedTuple):
     revision: int
     events: tuple[Event, ...]
     state: UserState
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return self.state.nbytes
 
 
 class UserStates:
@@ -35,13 +42,12 @@ class UserStates:
     """
 
     def __init__(self, encoder: UserEncoder, store: EventStore, cache_mib: float = 256, patience: float = 60.0):
-        self.encoder, self.store, self.cache_mib, self.patience = encoder, store, cache_mib, patience
+        self.encoder, self.store, self.patience = encoder, store, patience
         self.hits = self.misses = 0
         """Look-ups answered from memory, and those that had to encode."""
-        self._states: OrderedDict[tuple[str, str], _Known] = OrderedDict()
-        self._instructions: OrderedDict[str, InstructionState] = OrderedDict()
+        self._states: LRUCache[tuple[str, str], _Known] = _lru(cache_mib)
+        self._instructions: LRUCache[str, InstructionState] = _lru(_INSTRUCTIONS_MIB)
         self._instructed = Combined(encoder.instruct, patience)
-        self._bytes = 0
         self._lock = threading.Lock()
         self._encoding = [threading.Lock() for _ in range(_STRIPES)]
         self._forgotten = 0
@@ -83,17 +89,15 @@ class UserStates:
 
     def instruction(self, text: str) -> InstructionState:
         """The state of an instruction, encoded when it is asked for the first time."""
+        text = text[:INSTRUCTION_LENGTH]
         with self._lock:
             state, forgotten = self._instructions.get(text), self._forgotten
-            if state:
-                self._instructions.move_to_end(text)
-                return state
+        if state:
+            return state
         state = self._instructed(text)
         with self._lock:
             if forgotten == self._forgotten:  # else it may quote what was to be forgotten
-                self._instructions[text] = state
-            while len(self._instructions) > _INSTRUCTIONS:
-                self._instructions.popitem(last=False)
+                _put(self._instructions, text, state)
         return state
 
     def forget(self, user: str, *, tenant: str = "default") -> int:
@@ -108,7 +112,7 @@ class UserStates:
             with self._lock:
                 self._forgotten += 1
                 self._instructions.clear()  # any of them may quote what is to be forgotten
-                known = self._drop((tenant, user))
+                known = self._states.pop((tenant, user), None)
             # What is in memory may have come after the history was read, or be forgotten already by another process.
             self._forget_texts([*history.events, *(known.events if known else ())])
 
@@ -130,9 +134,8 @@ class UserStates:
         with self._lock:
             known = self._states.get(key)
             if known and not revision:
-                self._drop(key)  # forgotten by another process
+                del self._states[key]  # forgotten by another process
             elif known and known.revision == revision:
-                self._states.move_to_end(key)
                 self.hits += 1
                 return known
         if known and not revision:
@@ -144,17 +147,7 @@ class UserStates:
             self.misses += 1
             if forgotten != self._forgotten:
                 return  # somebody was forgotten meanwhile, perhaps this user
-            self._drop(key)
-            self._states[key] = known
-            self._bytes += known.state.nbytes
-            while self._bytes > self.cache_mib * 2**20:
-                self._drop(next(iter(self._states)))  # the one that was not asked for for the longest time
-
-    def _drop(self, key: tuple[str, str]) -> _Known | None:
-        """Takes a state out of memory; the lock is held."""
-        known = self._states.pop(key, None)
-        self._bytes -= known.state.nbytes if known else 0
-        return known
+            _put(self._states, key, known)
 
     def _extended(self, known: _Known, history: History) -> UserState | None:
         """The old state continued by newer events, or None where only encoding again is right."""
@@ -166,3 +159,13 @@ class UserStates:
         if known.state.truncated or len(history.timed) > self.encoder.config.max_events:
             return None
         return self.encoder.extend(known.state, new)
+
+
+def _lru(mib: float) -> LRUCache:
+    """A cache of at most `mib` MiB; what was not asked for for the longest time goes first."""
+    return LRUCache(mib * 2**20, getsizeof=lambda item: item.nbytes)
+
+
+def _put(cache: LRUCache, key: Any, item: Any) -> None:
+    if item.nbytes <= cache.maxsize:
+        cache[key] = item

@@ -191,9 +191,9 @@ def test_the_cache_is_bounded_and_drops_the_longest_unused(model, store):
         persona.observe(user, search(1, user))
     persona.state("a"), persona.state("b"), persona.state("a"), persona.state("c")
     assert ("default", "a") in persona.states and ("default", "c") in persona.states and len(persona.states) == 2
-    assert persona.states._bytes == 2 * one
+    assert persona.states._states.currsize == 2 * one
     persona.forget("a"), persona.forget("c")
-    assert persona.states._bytes == len(persona.states) == 0
+    assert persona.states._states.currsize == len(persona.states) == 0
 
 
 def test_from_pretrained(model, tmp_path, llm_path, shop_histories):

@@ -57,10 +57,13 @@ def proxy(config: ServerConfig) -> ASGIApp:
         client: httpx.AsyncClient = request.app.state.client
         ours = _HOP_BY_HOP | _OURS
         headers = [(k, v) for k, v in request.headers.raw if k.decode("latin-1") not in ours]
-        if key:
+        if key and request.scope.get("persona.caller"):  # a probe has shown no key, and gets none
             headers.append((b"authorization", f"Bearer {key}".encode()))
         # Not joined: a path that begins with two slashes would be taken for another host.
-        target = url.copy_with(path=request.scope["path"], query=request.scope["query_string"] or None)
+        try:
+            target = url.copy_with(path=request.scope["path"], query=request.scope["query_string"] or None)
+        except httpx.InvalidURL:
+            return Refused(404, "closed", "there is no such path").response()
         # Not the client's `build_request`, which would add the client's own headers and other callers' cookies.
         sent = httpx.Request(request.method, target, headers=headers, content=await request.body())
         try:

@@ -47,7 +47,8 @@ class Metrics:
     def encoded(self, made: Made) -> None:
         """Notes what encoding a user took."""
         self.encode.observe(made.seconds)
-        self._lookups.hits, self._lookups.misses = made.hits, made.misses
+        seen = self._lookups  # answers overtake one another
+        seen.hits, seen.misses = max(seen.hits, made.hits), max(seen.misses, made.misses)
 
     @contextmanager
     def on_loop(self) -> Iterator[None]:

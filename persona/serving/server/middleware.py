@@ -23,6 +23,7 @@ from persona.serving.server.config import ServerConfig
 from persona.serving.server.encoding import log, log_error
 from persona.serving.server.errors import Refused
 from persona.serving.server.flags import check_vllm_args
+from persona.serving.server.metrics import Metrics
 from persona.serving.server.service import Service, check_caller_user
 
 PERSONALIZED = ("/v1/chat/completions", "/v1/completions")
@@ -94,7 +95,7 @@ class PersonaMiddleware:
             raise PersonaError("persona has not been started: this server runs no lifespan; switch it on")
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         headers = Headers(scope=scope)
-        anybody = path in OPEN or scope["method"] == "OPTIONS"
+        anybody = path in OPEN or (scope["method"] == "OPTIONS" and path in (*PERSONALIZED, *PASSED))
         generates = path in PERSONALIZED and scope["method"] == "POST"
         try:
             caller = None if anybody else service.auth.caller(headers)
@@ -107,7 +108,7 @@ class PersonaMiddleware:
                 started = time.perf_counter()
                 body, outcome = await self._personalize(path, headers, body, caller)
                 service.metrics.overhead.observe(time.perf_counter() - started)
-                send = self._marking(send, path, outcome)
+                send = _Marked(send, service.metrics, path, outcome)
         except Refused as refused:
             if generates:
                 service.metrics.requests.labels(path, "refused", refused.code).inc()
@@ -123,7 +124,7 @@ class PersonaMiddleware:
         try:
             await self.app(scope, replay, send)
         except Exception as error:
-            if generates:
+            if generates and not send.counted:
                 service.metrics.requests.labels(path, "failed", type(error).__name__).inc()
             raise
 
@@ -142,19 +143,22 @@ class PersonaMiddleware:
             raise Refused(503, outcome.reason, f"not personalised: {REASONS[outcome.reason]}")
         return raw, outcome
 
-    def _marking(self, send: Send, path: str, outcome: Outcome) -> Send:
-        """Sends on, with headers that say what became of the user, and counts."""
-        metrics = self._service.metrics
 
-        async def marked(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                if message["status"] >= 400:  # nobody was answered, so nothing is said of the user
-                    metrics.requests.labels(path, "failed", str(message["status"])).inc()
-                else:
-                    metrics.requests.labels(path, _mark(message, outcome), outcome.reason or "").inc()
-            await send(message)
+class _Marked:
+    """A `send` that writes into an answer's headers what became of the user, and counts the call once."""
 
-        return marked
+    def __init__(self, send: Send, metrics: Metrics, path: str, outcome: Outcome):
+        self.counted = False
+        self._send, self._requests, self._path, self._outcome = send, metrics.requests, path, outcome
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            outcome, self.counted = self._outcome, True
+            if message["status"] >= 400:  # nobody was answered, so nothing is said of the user
+                self._requests.labels(self._path, "failed", str(message["status"])).inc()
+            else:
+                self._requests.labels(self._path, _mark(message, outcome), outcome.reason or "").inc()
+        await self._send(message)
 
 
 def _mark(message: Message, outcome: Outcome) -> str:

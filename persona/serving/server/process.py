@@ -27,6 +27,8 @@ log = logging.getLogger("persona.serving")
 
 _SIZE = 8
 """Bytes of the number before each message that says how long it is."""
+_GONE = (asyncio.IncompleteReadError, ConnectionError)
+"""What reading raises when the other side is gone."""
 _PAUSE = 5.0
 """Seconds between attempts to start a process that has ended."""
 
@@ -57,7 +59,7 @@ class EncodingProcess:
         writer.write(_message(self._config))
         try:
             told = await _read(reader)
-        except asyncio.IncompleteReadError:
+        except _GONE:
             raise EncodingLostError("the encoding process ended before it was ready; its log says why") from None
         if isinstance(told, str):
             raise PersonaError(told)
@@ -69,8 +71,9 @@ class EncodingProcess:
         if self._writer is None:
             raise EncodingLostError("the encoding process is being started")
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
+        message = _message((number, method, args))
         self._waiting[number] = answer
-        self._writer.write(_message((number, method, args)))
+        self._writer.write(message)
         return await answer
 
     def close(self) -> None:
@@ -94,23 +97,24 @@ class EncodingProcess:
                     answer.set_result(result)
                 else:
                     answer.set_exception(error)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            await self._again()
+        except Exception as error:  # whatever is wrong with what it says, another has to take its place
+            await self._again(error)
 
-    async def _again(self) -> None:
+    async def _again(self, why: Exception) -> None:
         """After the end of the process: gives up what waits for it, and starts another."""
-        log.error("the encoding process has ended (%s); another is started", self._process.poll())
+        ended = f"has ended ({self._process.poll()})" if isinstance(why, _GONE) else f"is ended ({type(why).__name__})"
+        log.error("the encoding process %s; another is started", ended)
         self._writer.close()
         self._writer, waiting, self._waiting = None, self._waiting, {}
         for answer in waiting.values():
             if not answer.done():
                 answer.set_exception(EncodingLostError("the encoding process has ended"))
         self._process.kill()
-        self._process.wait()
+        await asyncio.to_thread(self._process.wait)  # giving back its memory may take a while
         while self._writer is None:
             try:
                 await self.start()
-            except (PersonaError, OSError) as error:
+            except Exception as error:
                 log_error("the encoding process cannot be started", error)
                 await asyncio.sleep(_PAUSE)
 
@@ -149,14 +153,19 @@ async def _serve(connection: socket.socket) -> None:
         except Exception as raised:
             log_error(f"{method} failed", raised)
             error = PersonaError(f"{method} failed: {type(raised).__name__}")
-        writer.write(_message((number, result, error)))
+        try:
+            message = _message((number, result, error))
+        except Exception as raised:  # an answer that does not fit into memory, say
+            log_error(f"{method} cannot be answered", raised)
+            message = _message((number, None, PersonaError(f"{method} cannot be answered: {type(raised).__name__}")))
+        writer.write(message)
 
     try:
         while True:
             task = asyncio.create_task(answer(*await _read(reader)))
             running.add(task)
             task.add_done_callback(running.discard)
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except _GONE:
         os._exit(0)  # a thread that hangs would keep the process
 
 

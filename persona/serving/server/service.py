@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from contextlib import suppress
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -14,7 +15,7 @@ from persona.injection.model import AdapterConfig
 from persona.serving.personalizer import Outcome
 from persona.serving.server.auth import Authenticator, cache_salt, read_secret
 from persona.serving.server.config import ServerConfig
-from persona.serving.server.encoding import STORE_TIMEOUT, Encoding, Made, written
+from persona.serving.server.encoding import STORE_TIMEOUT, Encoding, Made, log_error, written
 from persona.serving.server.errors import Refused
 from persona.serving.server.metrics import Metrics
 from persona.serving.server.process import EncodingLostError, EncodingProcess
@@ -30,6 +31,7 @@ class Service:
         self.metrics = Metrics()
         self._secret = read_secret(config.secret_file, "the secret") if config.secret_file else secrets.token_bytes(32)
         self._pending = 0
+        self._check: asyncio.Future | None = None
 
     @classmethod
     def load(cls, config: ServerConfig) -> Service:
@@ -62,7 +64,8 @@ class Service:
                 reason = "timeout"
             except _Busy:
                 reason = "busy"
-            except EncodingLostError:
+            except PersonaError as error:  # of the process: it has ended, or has no memory left
+                log_error("personalising failed", error)
                 reason = "failed"
             else:
                 self.metrics.encoded(made)
@@ -75,13 +78,20 @@ class Service:
         try:
             return await self.encoding.call("forget", user, tenant)
         except EncodingLostError:  # and with it all that it had in memory
-            return await run_in_threadpool(self.store.forget, user, tenant=tenant)
+            erased = await run_in_threadpool(self.store.forget, user, tenant=tenant)
+        with suppress(EncodingLostError):  # the next one may have read the user meanwhile
+            await self.encoding.call("forget", user, tenant)
+        return erased
 
     async def not_ready(self) -> str | None:
-        """Why this server cannot personalise now; None when it can."""
+        """Why this server cannot personalise now; None when it can. Probes that come together share one check."""
+        if self._pending >= self.config.max_pending:
+            return "all encoding threads are busy"
+        if self._check is None or self._check.done():
+            self._check = asyncio.ensure_future(self.encoding.call("check"))
         try:
-            await self._soon("check")
-        except (TimeoutError, _Busy):
+            await asyncio.wait_for(asyncio.shield(self._check), self.config.budget_ms / 1000)
+        except TimeoutError:
             return "all encoding threads are busy, or the event store does not answer"
         except EncodingLostError:
             return "the encoding process is being started"

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
+from persona.errors import PersonaError
 from persona.history import Event
 from persona.store import EventStore
 
@@ -191,3 +192,43 @@ def test_the_engine_dies(make, call, vllm, ana, counted):
     assert call(app, "POST", CHAT, asked(status=400)).outcome == (None, None)
     for reason in ("RuntimeError", "503", "400"):
         assert counted(app, "persona_requests_total", route=CHAT, outcome="failed", reason=reason) == 1
+
+
+def test_an_answer_that_breaks_off_is_counted_once(make, call, ana, counted):
+    async def breaks(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("the engine died")
+
+    app = make(breaks)
+    with pytest.raises(RuntimeError, match="engine died"):
+        call(app, "POST", CHAT, asked())
+    assert counted(app, "persona_requests_total", route=CHAT, outcome="personalized", reason="") == 1
+    assert counted(app, "persona_requests_total", route=CHAT, outcome="failed", reason="RuntimeError") == 0
+
+
+def test_probes_that_come_together_share_one_check_and_take_nobodys_place(make, acall, store, ana, monkeypatch):
+    app = make(max_pending=1, encode_threads=2)
+    go, checks = threading.Event(), []
+    monkeypatch.setattr(store, "check", lambda: (checks.append(1), go.wait(30)))
+
+    async def crowd():
+        probes = [asyncio.ensure_future(acall(app, "GET", "/persona/v1/ready")) for _ in range(50)]
+        while not checks:
+            await asyncio.sleep(0.01)
+        answer = await acall(app, "POST", CHAT, asked())
+        go.set()
+        return answer, await asyncio.gather(*probes)
+
+    answer, probes = asyncio.run(crowd())
+    assert answer.outcome == ("personalized", None) and {probe.status for probe in probes} == {200}
+    assert len(checks) == 1
+
+
+def test_an_encoding_without_memory_left(make, call, vllm, ana, counted, monkeypatch):
+    app = make()
+
+    async def fails(*args):
+        raise PersonaError("personalize cannot be answered: MemoryError")
+
+    monkeypatch.setattr(app.service.encoding, "call", fails)
+    assert plain(app, vllm, counted, call(app, "POST", CHAT, asked()), "failed")

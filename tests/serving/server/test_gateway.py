@@ -188,7 +188,9 @@ def test_long_bodies_are_refused_without_being_read(front, vllm, ana):
 def test_head_and_options(front, vllm):
     url = front()
     assert httpx.head(url + "/v1/models").status_code == 200 and vllm.requests[-1].method == "HEAD"
+    assert vllm.requests[-1].header("authorization") == ["Bearer upstream-secret"]
     assert httpx.options(url + CHAT).status_code == 200 and vllm.requests[-1].method == "OPTIONS"
+    assert vllm.requests[-1].header("authorization") == [], "who shows no key borrows none"
 
 
 @pytest.mark.parametrize("url", [None, "", "vllm:8000", "ftp://vllm", "http://"])

@@ -129,9 +129,12 @@ def test_what_is_passed_on_is_unchanged(app, call, vllm, path):
 
 def test_options_pass_without_a_key(make, call, vllm, keys):
     app = make(keys_file=keys)
-    for path in (CHAT, "/anything"):
+    for path in (CHAT, "/v1/models"):
         assert call(app, "OPTIONS", path, b"", {"origin": "https://shop"}).status == 200
     assert [s.method for s in vllm.requests] == ["OPTIONS", "OPTIONS"]
+    assert call(app, "OPTIONS", "/anything", b"").status == 401
+    assert call(app, "OPTIONS", "/anything", b"", {"authorization": "Bearer shop-key-1"}).status == 404
+    assert len(vllm.requests) == 2
 
 
 @pytest.mark.parametrize("path, closed", [("/api" + CHAT, False), ("/api/v1/embeddings", True), ("/apis" + CHAT, True)])
@@ -217,6 +220,7 @@ def test_plain_answers_say_why(app, call, store, vllm, counted, user, more, reas
         ({"prompt": [[1, "x"]]}, "failed"),
         ({"prompt": [10**9]}, "failed"),
         ({"prompt": "ignore <prompt_embeds>"}, "failed"),
+        ({"prompt": ["x"] * 65}, "too-long"),
     ],
 )
 def test_plain_completions_say_why(app, call, vllm, body, reason):
@@ -270,3 +274,23 @@ def test_concurrent_users_are_never_mixed(make, acall, store, vllm, rows_of, mod
         assert torch.allclose(got[n], model.soft_rows([alone[user]], [text])[0], atol=1e-4), (n, user)
     assert not torch.allclose(got[0], got[4], atol=1e-3)
     assert app.service.encoding.states.misses == len(users), "each user was encoded once"
+
+
+def test_a_long_turn_is_read_as_far_as_an_instruction_goes(app, call, vllm, rows_of):
+    turn = "What next? " * 400
+    rows = []
+    for text in (turn, turn + "And then? " * 20_000):
+        assert call(app, "POST", CHAT, asked(messages=[{"role": "user", "content": text}])).outcome[0] == "personalized"
+        part, words = vllm.last["messages"][0]["content"]
+        rows.append(rows_of(part["data"]))
+        assert words["text"] == text
+    assert torch.allclose(*rows, atol=1e-5)
+    assert all(len(text) <= 4000 for text in app.service.encoding.states._instructions)
+
+
+def test_prompts_that_would_become_too_many_embeddings(app, call, vllm, monkeypatch):
+    monkeypatch.setattr("persona.serving.personalizer.MOST_BYTES", 10_000)
+    for prompt in ([1] * 1000, "long " * 1000, ["a few words"] * 20):
+        assert call(app, "POST", COMPLETION, {"user": "ana", "prompt": prompt}).outcome == ("plain", "too-long")
+        assert vllm.last["prompt"] == prompt
+    assert call(app, "POST", COMPLETION, {"user": "ana", "prompt": "short"}).outcome == ("personalized", None)
