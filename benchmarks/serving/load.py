@@ -44,7 +44,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from persona.evaluation.intervals import interval
 from persona.history import event_to_dict
-from persona.serving.server.requests import INSTRUCTION_HEADER
+from persona.serving.personalizer import INSTRUCTION_HEADER
 
 KINDS = ("plain", "personalised", "personalised_new_instruction", "text_400")
 WORKLOADS = {"short": {"max_tokens": 8}, "long": {"max_tokens": 32, "ignore_eos": True}}

@@ -9,10 +9,7 @@ from urllib.parse import unquote
 import openai
 
 from persona.serving.local import Local
-from persona.serving.personalizer import COMPLETION, Outcome
-
-INSTRUCTION_HEADER, COUNT_HEADER = "x-persona-instruction", "x-persona-tokens"
-"""How the instruction (percent-encoded UTF-8) and the number of user tokens travel to our server."""
+from persona.serving.personalizer import COMPLETION, COUNT_HEADER, INSTRUCTION_HEADER, Outcome
 
 
 class Call:

@@ -23,8 +23,9 @@ from anyio.lowlevel import RunVar
 
 from persona.errors import PersonaError
 from persona.serving.local import Local
-from persona.serving.openai_call import COUNT_HEADER, INSTRUCTION_HEADER, Call
+from persona.serving.openai_call import Call
 from persona.serving.openai_users import API, AsyncUsers, Users, root
+from persona.serving.personalizer import COUNT_HEADER, INSTRUCTION_HEADER
 
 Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 

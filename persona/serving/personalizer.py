@@ -21,6 +21,8 @@ from persona.serving.vllm_offline import check_rows
 
 CHAT, COMPLETION = "/chat/completions", "/completions"
 """Endings of the two routes that can be personalised."""
+INSTRUCTION_HEADER, COUNT_HEADER = "x-persona-instruction", "x-persona-tokens"
+"""How the instruction (percent-encoded UTF-8) and the number of user tokens travel to our server."""
 
 REASONS = {
     "no-user": "no user was named",

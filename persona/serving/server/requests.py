@@ -8,13 +8,8 @@ from urllib.parse import unquote
 
 from starlette.types import Receive
 
-from persona.serving.personalizer import CHAT
+from persona.serving.personalizer import CHAT, COUNT_HEADER, INSTRUCTION_HEADER
 from persona.serving.server.errors import Refused
-
-INSTRUCTION_HEADER = "x-persona-instruction"
-"""Header that overrides the instruction; percent-encoded UTF-8."""
-COUNT_HEADER = "x-persona-tokens"
-"""Header that asks for the first so many user tokens only."""
 
 
 class Disconnected(Exception):
