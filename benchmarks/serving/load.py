@@ -77,7 +77,7 @@ async def main(args: argparse.Namespace) -> None:
                 with_plug_in = {"idle_mib": round(before), "after_load_mib": round(found.memory())}
         with plain_vllm([*VLLM_FLAGS, *QUIET], **chosen) as found:
             async with client(found.url) as session:
-                await Load(session, list(histories), texts, args).run("plain", "short", 32, 1600)
+                await Load(session, list(histories), texts, args).run("plain", "short", 32, 32 * args.rounds)
             memory = {
                 "plain_after_load_mib": round(found.memory()),
                 **{f"plug_in_{k}": v for k, v in with_plug_in.items()},

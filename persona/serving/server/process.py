@@ -27,6 +27,8 @@ log = logging.getLogger("persona.serving")
 
 _SIZE = 8
 """Bytes of the number before each message that says how long it is."""
+_VARIABLES = {"MALLOC_ARENA_MAX": "2"}
+"""Of the process, unless they are set: each thread would else keep memory of its own that it has given back."""
 _GONE = (asyncio.IncompleteReadError, ConnectionError)
 """What reading raises when the other side is gone."""
 _PAUSE = 5.0
@@ -54,7 +56,7 @@ class EncodingProcess:
         ours, its = socket.socketpair()
         with its:
             argv = [sys.executable, "-m", __name__, str(its.fileno())]
-            self._process = subprocess.Popen(argv, pass_fds=[its.fileno()])
+            self._process = subprocess.Popen(argv, pass_fds=[its.fileno()], env={**_VARIABLES, **os.environ})
         reader, writer = await asyncio.open_connection(sock=ours)
         writer.write(_message(self._config))
         try:
