@@ -134,11 +134,11 @@ def test_the_upstream_breaks_off_before_and_in_the_middle_of_its_answer(front, a
 @pytest.mark.parametrize(
     "path", ["//evil/x", "//127.0.0.1:{port}/x", "/\\127.0.0.1:{port}/x", "/http://127.0.0.1:{port}/"]
 )
-def test_no_path_leads_to_another_server(front, vllm, path):
+def test_no_path_leads_to_another_server(serve, vllm, path):
     # Joining URLs takes a path that begins with two slashes for a host, which would get the upstream's key.
     other = socket.create_server(("127.0.0.1", 0))
     other.settimeout(0.3)
-    gate = front()
+    gate = serve(proxy(ServerConfig(adapter="unused", upstream=serve(vllm.app))))  # without the middleware's refusals
     host, port = gate.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
         target = path.format(port=other.getsockname()[1])
@@ -204,3 +204,9 @@ def test_the_whole_from_an_adapter_folder(serve, vllm, model, tmp_path, store, a
     config = ServerConfig(adapter=str(folder), store=str(store.url), upstream=serve(vllm.app), budget_ms=20_000)
     reply = httpx.post(serve(gateway(config)) + CHAT, json=asked())
     assert reply.headers["x-persona"] == "personalized"
+
+
+def test_a_path_that_is_no_url(serve, vllm):
+    gate = serve(proxy(ServerConfig(adapter="unused", upstream=serve(vllm.app))))
+    reply = httpx.post(gate + "/a%00b", json={})
+    assert reply.status_code == 404 and reply.json()["error"]["code"] == "closed" and not vllm.requests
