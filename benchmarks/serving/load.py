@@ -5,7 +5,8 @@
 All kinds of calls ask the same questions in turns that differ from call to call, as users' turns do, after the same
 system prompt. A personalised call gives the instruction in the header, so that the server knows it; where it is the
 turn itself, and new at every call, it has to be encoded first. Also what a cold user costs, what memory the plug-in
-adds, and how long it holds up the event loop.
+adds, and how long it holds up the event loop. A vLLM without the plug-in answers calls that bring ready-made rows, as
+many as a user has: what these cost is vLLM's share of what a personalised call costs.
 """
 
 from __future__ import annotations
@@ -44,9 +45,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from persona.evaluation.intervals import interval
 from persona.history import event_to_dict
-from persona.serving.personalizer import INSTRUCTION_HEADER
+from persona.injection import PersonalizedLM
+from persona.serving.personalizer import INSTRUCTION_HEADER, Personalizer, encode_rows
+from persona.serving.states import UserStates
+from persona.store import EventStore
 
 KINDS = ("plain", "personalised", "personalised_new_instruction", "text_400")
+KINDS_WITHOUT_PLUG_IN = ("plain", "ready_made_rows")
 WORKLOADS = {"short": {"max_tokens": 8}, "long": {"max_tokens": 32, "ignore_eos": True}}
 """The answer as it comes, one or two tokens for most questions; and 32 tokens whatever the LLM would say."""
 QUIET = ["--disable-uvicorn-access-log"]
@@ -69,7 +74,7 @@ async def main(args: argparse.Namespace) -> None:
                 await store(session, histories)
                 before = found.memory()
                 await warm(session, args.llm, histories)
-                load = Load(session, list(histories), texts, args)
+                load = Load(session, texts, args)
                 for name in args.workloads:
                     result["workloads"][name] = {str(c): await load.compare(name, c) for c in args.concurrency}
                 result["cold_user"] = await cold(session, args.llm, histories)
@@ -77,11 +82,15 @@ async def main(args: argparse.Namespace) -> None:
                 with_plug_in = {"idle_mib": round(before), "after_load_mib": round(found.memory())}
         with plain_vllm([*VLLM_FLAGS, *QUIET], **chosen) as found:
             async with client(found.url) as session:
-                await Load(session, list(histories), texts, args).run("plain", "short", 32, 32 * args.rounds)
-            memory = {
-                "plain_after_load_mib": round(found.memory()),
-                **{f"plug_in_{k}": v for k, v in with_plug_in.items()},
-            }
+                load = Load(session, texts, args, ready_made_rows(args, histories, folder))
+                await load.run("plain", "short", 32, 32 * args.rounds)
+                memory = {
+                    "plain_after_load_mib": round(found.memory()),
+                    **{f"plug_in_{k}": v for k, v in with_plug_in.items()},
+                }
+                result["without_plug_in"] = {
+                    name: {str(c): await load.compare(name, c) for c in args.concurrency} for name in args.workloads
+                }
         result["memory"] = {**memory, "added_mib": memory["plug_in_after_load_mib"] - memory["plain_after_load_mib"]}
     write(args.out, result, args.seed)
 
@@ -90,9 +99,14 @@ class Load:
     """Closed-loop load: so many callers, each with one call at a time."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, users: list[str], texts: dict[str, str], args: argparse.Namespace
+        self,
+        session: aiohttp.ClientSession,
+        texts: dict[str, str],
+        args: argparse.Namespace,
+        rows: dict[tuple[str, str], str] | None = None,
     ):
-        self.session, self.users, self.texts, self.args = session, users, texts, args
+        self.session, self.users, self.texts, self.args, self.rows = session, list(texts), texts, args, rows
+        self.kinds = KINDS if rows is None else KINDS_WITHOUT_PLUG_IN
         self.random, self.turn = random.Random(args.seed), count()
 
     async def compare(self, workload: str, concurrency: int) -> dict:
@@ -101,20 +115,21 @@ class Load:
         number = self.args.rounds * (10 if concurrency == 1 else 1)
         rounds: list[dict[str, tuple[float, float, int]]] = []
         for _ in range(number):
-            order = self.random.sample(KINDS, len(KINDS))
+            order = self.random.sample(self.kinds, len(self.kinds))
             rounds.append({kind: await self.run(kind, workload, concurrency, calls) for kind in order})
         table: dict = {"rounds": number, "calls_per_round": calls}
-        for kind in KINDS:
+        for kind in self.kinds:
             rates, latencies, tokens = zip(*(r[kind] for r in rounds))
             table[kind] = {
                 "requests_per_second": round(float(np.median(rates)), 1),
                 "median_latency_ms": round(float(np.median(latencies)), 1),
                 "prompt_tokens": round(float(np.mean(tokens))),
             }
-        for kind in ("personalised", "personalised_new_instruction"):
+        for kind in set(self.kinds) - {"plain", "text_400"}:
             for name, other in (("plain", "plain"), ("text", "text_400")):
-                ratios = [r[kind][0] / r[other][0] for r in rounds]
-                table[f"throughput_to_{name}_{kind}"] = self._summary(ratios)
+                if other in self.kinds:
+                    ratios = [r[kind][0] / r[other][0] for r in rounds]
+                    table[f"throughput_to_{name}_{kind}"] = self._summary(ratios)
             table[f"added_latency_ms_{kind}"] = self._summary([r[kind][1] - r["plain"][1] for r in rounds])
         print(f"{workload} answers, {concurrency} callers: {table}", flush=True)
         return table
@@ -150,11 +165,26 @@ class Load:
         turn = f"Visit {number}. {question}"
         if kind == "text_400":
             turn = f"{self.texts[user]}\n{turn}"
+        if kind == "ready_made_rows":
+            turn = [{"type": "prompt_embeds", "data": self.rows[user, question]}, {"type": "text", "text": turn}]
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": turn}]
         body = {"model": self.args.llm, "messages": messages, "temperature": 0, **WORKLOADS[workload]}
         if not kind.startswith("personalised"):
             return body, {}
         return {**body, "user": user}, {INSTRUCTION_HEADER: quote(question)} if kind == "personalised" else {}
+
+
+def ready_made_rows(args: argparse.Namespace, histories: dict, folder: str) -> dict[tuple[str, str], str]:
+    """Each user's rows for each question, in the form that vLLM takes."""
+    model = PersonalizedLM.from_pretrained(args.adapter, args.llm, llm_weights=False)
+    with EventStore(f"sqlite:///{folder}/rows.db") as events:
+        personalizer = Personalizer(model, UserStates(model.encoder, events))
+        rows = {}
+        for user, history in histories.items():
+            events.append(user, history.events)
+            made, _ = personalizer.rows(user, QUESTIONS)
+            rows |= {(user, question): encode_rows(row) for question, row in zip(QUESTIONS, made)}
+    return rows
 
 
 async def store(session: aiohttp.ClientSession, histories: dict) -> None:

@@ -42,7 +42,7 @@ class ServerConfig(BaseSettings):
     """Answer 503 instead of plainly when a named user's tokens cannot be had."""
     budget_ms: float = Field(1000.0, gt=0)
     """Milliseconds that encoding may take before the call is answered plainly."""
-    encode_threads: int = Field(16, ge=1)
+    encode_threads: int = Field(8, ge=1)
     """Threads that read the store and encode users; those of concurrent requests share forward passes."""
     max_pending: int = Field(256, ge=1)
     """Requests that may wait for these threads; further ones are answered plainly."""

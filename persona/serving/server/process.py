@@ -104,15 +104,15 @@ class EncodingProcess:
 
     async def _again(self, why: Exception) -> None:
         """After the end of the process: gives up what waits for it, and starts another."""
-        ended = f"has ended ({self._process.poll()})" if isinstance(why, _GONE) else f"is ended ({type(why).__name__})"
-        log.error("the encoding process %s; another is started", ended)
         self._writer.close()
         self._writer, waiting, self._waiting = None, self._waiting, {}
         for answer in waiting.values():
             if not answer.done():
                 answer.set_exception(EncodingLostError("the encoding process has ended"))
         self._process.kill()
-        await asyncio.to_thread(self._process.wait)  # giving back its memory may take a while
+        code = await asyncio.to_thread(self._process.wait)  # giving back its memory may take a while
+        ended = f"has ended ({code})" if isinstance(why, _GONE) else f"is ended ({type(why).__name__})"
+        log.error("the encoding process %s; another is started", ended)
         while self._writer is None:
             try:
                 await self.start()

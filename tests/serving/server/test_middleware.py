@@ -62,7 +62,7 @@ def test_streams_pass_piece_by_piece(app, call, vllm):
 
 def test_a_disconnect_reaches_the_inner_application(app, serve, vllm):
     with httpx.stream("POST", serve(app) + CHAT, json=asked(stream=True, slow=True)) as reply:
-        next(reply.iter_lines())
+        assert next(reply.iter_lines()) == "data: one"
     assert vllm.left.wait(10)
 
 
