@@ -23,8 +23,18 @@ class EncoderConfig:
     """Attention heads, in the backbone and in the resampler; a divisor of `width`."""
     layers: int = 2
     """Layers of the backbone."""
+    inner: int = 0
+    """Width of the backbone's inner layers (feed-forward, GRU or Mamba state); 0 takes the backbone's own default."""
+    item_text: bool = True
+    """Whether an item's text is read beside its id; an item with an unknown id is always read by its text."""
+    item_attributes: bool = False
+    """Whether an item's attributes are read beside its id."""
+    mentions: bool = False
+    """Whether an item that an instruction names by its whole text is looked up, so that its id is known too."""
+    head: str = "resampler"
+    """How tokens are made from states, a key of `persona.encoders.heads.HEADS`."""
     resampler_layers: int = 2
-    """Layers of the resampler."""
+    """Layers of the resampler, if that is the head."""
     tokens: int = 8
     """K: user tokens made for one instruction; every prefix of them is usable."""
     max_events: int = 50
@@ -38,5 +48,7 @@ class EncoderConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+        if self.inner < 0:
+            raise ValueError(f"inner must not be negative, not {self.inner}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")

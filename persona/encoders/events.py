@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from persona.encoders.config import EncoderConfig
 from persona.encoders.features import TIME_FEATURES, EventBatch
 from persona.encoders.vocabulary import Vocabulary
 
@@ -40,8 +41,10 @@ class TabularPart(nn.Module):
 class EventEncoder(nn.Module):
     """Sum of the parts; a part that an event does not have adds nothing."""
 
-    def __init__(self, vocabulary: Vocabulary, text_dim: int, width: int, dropout: float):
+    def __init__(self, vocabulary: Vocabulary, text_dim: int, config: EncoderConfig):
         super().__init__()
+        width = config.width
+        self.config = config
         self.text = TextPart(text_dim, width)
         self.item = nn.Embedding(len(vocabulary.items) + 1, width, padding_idx=0)
         self.tabular = TabularPart(len(vocabulary.columns), len(vocabulary.categories), width)
@@ -49,7 +52,7 @@ class EventEncoder(nn.Module):
         self.number = nn.Sequential(nn.Linear(2, width), nn.GELU(), nn.Linear(width, width))
         self.time = nn.Linear(TIME_FEATURES, width)
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
         for embedding in (self.item, self.tabular.column, self.tabular.category, self.tabular.slope, self.source):
             nn.init.normal_(embedding.weight, std=0.3)
             with torch.no_grad():
@@ -57,14 +60,17 @@ class EventEncoder(nn.Module):
 
     def forward(self, batch: EventBatch) -> torch.Tensor:
         """Event vectors `[B, N, d]`."""
+        text = batch.text if self.config.item_text else batch.text * (batch.item == 0)[..., None]
         vectors = (
-            self.text(batch.text)
+            self.text(text)
             + self.item(batch.item)
             + self.tabular(batch.column, batch.category, batch.number)
             + self.source(batch.source)
             + self.number(batch.number)
             + self.time(batch.time)
         )
+        if self.config.item_attributes and batch.attributes.shape[2]:
+            vectors = vectors + self.tabular.category(batch.attributes).sum(2)
         return self.dropout(self.norm(vectors))
 
     def catalogue(self, item_vectors: torch.Tensor) -> torch.Tensor:

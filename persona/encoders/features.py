@@ -30,6 +30,8 @@ class Row:
     category: int = 0
     number: float | None = None
     time: tuple[float, ...] = (0.0,) * TIME_FEATURES
+    timestamp: float = 0.0
+    attributes: tuple[int, ...] = ()
 
 
 @dataclass
@@ -50,6 +52,10 @@ class EventBatch:
     """`[B, N, 2]` standard score, and 1 where there is a number."""
     time: torch.Tensor
     """`[B, N, TIME_FEATURES]`."""
+    timestamp: torch.Tensor
+    """`[B, N]` seconds, in float64; 0 for rows without a time."""
+    attributes: torch.Tensor
+    """`[B, N, A]` category indices of an item's attributes, 0 for none or unknown."""
     mask: torch.Tensor
     """`[B, N]` True where there is a row."""
 
@@ -78,6 +84,8 @@ def event_rows(events: Sequence[Event], vocabulary: Vocabulary, previous: float 
                 item=vocabulary.items.get(f"{event.source}/{event.item_id}", 0) if kind == "item" else 0,
                 number=None if event.value is None else vocabulary.normalise(event.source, event.value),
                 time=time,
+                timestamp=event.timestamp or 0.0,
+                attributes=vocabulary.attributes(event) if kind == "item" else (),
             )
         )
     return rows
@@ -86,6 +94,7 @@ def event_rows(events: Sequence[Event], vocabulary: Vocabulary, previous: float 
 def _column_row(event: Event, name: str, index: dict[str, int], vocabulary: Vocabulary, time) -> Row:
     key, value = f"{event.source}/{name}", event.attributes[name]
     row = Row(source=index[event.source], column=vocabulary.columns.get(key, 0), time=time)
+    row.timestamp = event.timestamp or 0.0
     if isinstance(value, str):
         row.text, row.category = f"{name}: {value}", vocabulary.categories.get(f"{key}/{value}", 0)
     elif value is not None:
@@ -113,6 +122,9 @@ def make_batch(rows: Sequence[Sequence[Row]], text_encoder: TextEncoder) -> Even
     batch = {name: torch.zeros(size, length, dtype=torch.long) for name in ("source", "item", "column", "category")}
     text = torch.zeros(size, length, text_encoder.dim)
     number, time = torch.zeros(size, length, 2), torch.zeros(size, length, TIME_FEATURES)
+    timestamp = torch.zeros(size, length, dtype=torch.float64)
+    widest = max((len(row.attributes) for history in rows for row in history), default=0)
+    attributes = torch.zeros(size, length, widest, dtype=torch.long)
     mask = torch.zeros(size, length, dtype=torch.bool)
     vectors = text_encoder.vectors([row.text for history in rows for row in history])
     start = 0
@@ -126,5 +138,11 @@ def make_batch(rows: Sequence[Sequence[Row]], text_encoder: TextEncoder) -> Even
             batch[name][b, :n] = torch.tensor([getattr(row, name) for row in history])
         number[b, :n] = torch.tensor([(row.number or 0.0, float(row.number is not None)) for row in history])
         time[b, :n] = torch.tensor([row.time for row in history])
+        timestamp[b, :n] = torch.tensor([row.timestamp for row in history], dtype=torch.float64)
+        if widest:
+            padded = [row.attributes + (0,) * (widest - len(row.attributes)) for row in history]
+            attributes[b, :n] = torch.tensor(padded)
         mask[b, :n] = True
-    return EventBatch(text=text, number=number, time=time, mask=mask, **batch)
+    return EventBatch(
+        text=text, number=number, time=time, timestamp=timestamp, attributes=attributes, mask=mask, **batch
+    )

@@ -87,9 +87,17 @@ class UserEncoder(HubMixin, nn.Module):
         # Not a submodule: it is frozen, shared between encoders, and never saved with the weights.
         object.__setattr__(self, "text_encoder", text_encoder or TextEncoder(config.text_encoder))
         dim = self.text_encoder.dim
-        self.events = EventEncoder(vocabulary, dim, config.width, config.dropout)
+        self.events = EventEncoder(vocabulary, dim, config)
         self.start = nn.Parameter(torch.randn(config.width) * 0.3)
-        self.backbone = build_backbone(config.backbone, config.width, config.heads, config.layers, config.dropout)
+        self.backbone = build_backbone(
+            config.backbone,
+            config.width,
+            config.heads,
+            config.layers,
+            config.dropout,
+            config.inner,
+            1 + config.max_events,
+        )
         self.resampler = Resampler(
             dim, config.width, config.heads, config.resampler_layers, config.tokens, config.dropout
         )
@@ -107,7 +115,7 @@ class UserEncoder(HubMixin, nn.Module):
     def states(self, batch: EventBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Backbone states `[B, 1 + N, d]` of a batch and their mask; the first state is the start state."""
         mask = _with_start(batch.mask)
-        return self.backbone(self._vectors(batch), mask)[0], mask
+        return self.backbone(self._vectors(batch), mask, times=_start_times(batch))[0], mask
 
     def _vectors(self, batch: EventBatch) -> torch.Tensor:
         """The backbone's input `[B, 1 + N, d]`: the start vector, then the event vectors."""
@@ -135,16 +143,17 @@ class UserEncoder(HubMixin, nn.Module):
         for start in range(0, len(histories), batch_size):
             part = histories[start : start + batch_size]
             batch = self.batch(part)
-            states, cache = self.backbone(self._vectors(batch))
-            memory = self.resampler.memory(states, _with_start(batch.mask))
+            mask = _with_start(batch.mask)
+            states, cache = self.backbone(self._vectors(batch), mask, times=_start_times(batch))
+            memory = self.resampler.memory(states, mask)
             for i, history in enumerate(part):
-                size = 1 + int(batch.mask[i].sum())
+                size = int(mask[i].sum())
                 read, truncated = newest(history, self.config.max_events)
                 timed = read.timed
                 result.append(
                     UserState(
                         states[i, :size].clone(),
-                        [layer[:, i : i + 1, :, :size].clone() for layer in cache],
+                        self.backbone.keep(cache, i, mask.shape[1] - size),
                         memory[:, :, i, :, :size].clone(),
                         events=len(timed),
                         last_timestamp=timed[-1].timestamp if timed else None,
@@ -178,11 +187,11 @@ class UserEncoder(HubMixin, nn.Module):
         )
         if not rows:
             return state
-        vectors = self.events(make_batch([rows], self.text_encoder).to(self.device))
-        new, cache = self.backbone(vectors, cache=state.cache)
+        batch = make_batch([rows], self.text_encoder).to(self.device)
+        new, cache = self.backbone(self.events(batch), cache=state.cache, times=batch.timestamp)
         states = torch.cat([state.states, new[0]])
         memory = self.resampler.memory(states[None], torch.ones(1, len(states), dtype=torch.bool, device=states.device))
-        return replace(state, states=states, cache=cache, memory=memory[:, :, 0])
+        return replace(state, states=states, cache=self.backbone.keep(cache, 0, 0), memory=memory[:, :, 0])
 
     def _row_timestamp(self, timed: Sequence[Event], before: float | None = None) -> float | None:
         return next((e.timestamp for e in reversed(timed) if e.source in self.vocabulary.sources), before)
@@ -218,6 +227,12 @@ def _padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     sizes = torch.tensor([len(row) for row in rows], device=padded.device)
     return padded, torch.arange(padded.shape[1], device=padded.device)[None] < sizes[:, None]
+
+
+def _start_times(batch: EventBatch) -> torch.Tensor:
+    """Seconds of the start state, which has the time of the first row, and of the rows, `[B, 1 + N]`."""
+    first = batch.timestamp[:, :1] if batch.timestamp.shape[1] else batch.timestamp.new_zeros(len(batch.timestamp), 1)
+    return torch.cat([first, batch.timestamp], dim=1)
 
 
 def _with_start(mask: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
-from persona.history import History, SourceSpec
+from persona.history import Event, History, SourceSpec
 from persona.history.source import STRICT
 
 
@@ -29,7 +29,7 @@ class Vocabulary:
     columns: dict[str, int] = field(default_factory=dict)
     """"source/column" of tabular sources to index, from 1."""
     categories: dict[str, int] = field(default_factory=dict)
-    """"source/column/value" to index, from 1."""
+    """"source/column/value" of tabular sources and of items' attributes to index, from 1."""
     scales: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Mean and standard deviation of a source's value ("source") and of numeric columns ("source/column")."""
 
@@ -49,6 +49,7 @@ class Vocabulary:
                     key = f"{event.source}/{event.item_id}"
                     items[key] += 1
                     texts.setdefault(key, event.text or "")
+                    categories.update(_attribute_keys(event))
                 if spec.kind == "tabular":
                     for column, value in event.attributes.items():
                         columns.setdefault(f"{event.source}/{column}", len(columns) + 1)
@@ -71,9 +72,17 @@ class Vocabulary:
         mean, deviation = self.scales.get(key, (value, 1.0))
         return max(-5.0, min(5.0, (value - mean) / deviation))
 
+    def attributes(self, event: Event) -> tuple[int, ...]:
+        """Category indices of an item's attributes, those that are known."""
+        return tuple(self.categories[key] for key in _attribute_keys(event) if key in self.categories)
+
     def to_dict(self) -> dict:
         """Plain data for JSON, which `persona.history.parse_config` takes back."""
         return asdict(self)
+
+
+def _attribute_keys(event: Event) -> list[str]:
+    return [f"{event.source}/{name}/{value}" for name, value in event.attributes.items() if isinstance(value, str)]
 
 
 def _scale(values: list[float]) -> tuple[float, float]:

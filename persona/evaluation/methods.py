@@ -13,7 +13,7 @@ from persona.evaluation.likelihood import Request
 from persona.history import History
 from persona.history.render import render_history
 from persona.injection import PersonalizedLM
-from persona.training.questions import Cut, Question, build_questions
+from persona.training.questions import Cut, Question
 from persona.training.recipe import Domain
 
 
@@ -50,7 +50,7 @@ def draw_sample(domain: Domain, users: Sequence[str], seed: int) -> Sample:
     cuts, asked, owner = [], [], []
     for number, (user, cut) in enumerate(pairs):
         rng = np.random.default_rng([seed, 2, number])
-        questions = build_questions(cut, domain.recipe.questions, domain.catalogue, rng, training=False)
+        questions = domain.questions(cut, rng, training=False)
         if not questions:
             continue
         if not kept or kept[-1] != user:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from persona.errors import DataError
 from persona.history import History
 from persona.injection.model import PersonalizedLM
-from persona.training.questions import Question, build_questions
+from persona.training.questions import Question
 from persona.training.recipe import Domain
 
 PATIENCE = 1000
@@ -49,7 +49,7 @@ class Examples(Dataset):
         rng = np.random.default_rng([recipe.training.seed, 1, index])
         for _ in range(PATIENCE):
             cut = self.domain.training_cut(rng)
-            questions = build_questions(cut, recipe.questions, self.domain.catalogue, rng, training=True)
+            questions = self.domain.questions(cut, rng, training=True)
             if questions:
                 break
         else:

@@ -19,7 +19,15 @@ from persona.history import History, ReaderSpec, SourceSpec
 from persona.history.config import load_config
 from persona.history.readers import ReadReport, read_histories
 from persona.history.source import STRICT
-from persona.training.questions import Catalogue, Cut, QuestionSpec, evaluation_cuts, make_cut
+from persona.training.questions import (
+    Catalogue,
+    Cut,
+    Question,
+    QuestionSpec,
+    build_questions,
+    evaluation_cuts,
+    make_cut,
+)
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,8 @@ class Recipe:
     """What is asked, in training and in evaluation."""
     description: str = ""
     """One line for the model card."""
+    letters: bool = False
+    """Offer the answers in the question, by letters; else the LLM gives the answer itself. See `lettered`."""
     window: PositiveInt = 50
     """Newest timed events a method may see at one cut, as text or as vectors alike."""
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -164,7 +174,13 @@ class Domain:
             raise DataError(f"{error}. What was read: {self.report}") from None
         if not any(len({e.timestamp for e in self.histories[u].timed}) > 1 for u in self.train):
             raise DataError("no training user has events at two different times; there is nothing to learn from")
-        self.catalogue = Catalogue((self.histories[u] for u in self.train), recipe.questions)
+        cuts = [cut for _, cut in self.cuts(self.train)] if any(q.choices for q in recipe.questions.values()) else []
+        self.catalogue = Catalogue((self.histories[u] for u in self.train), recipe.questions, cuts=cuts)
+
+    def questions(self, cut: Cut, rng: np.random.Generator, *, training: bool) -> list[Question]:
+        """All questions of the recipe that this cut can answer."""
+        recipe = self.recipe
+        return build_questions(cut, recipe.questions, self.catalogue, rng, training=training, letters=recipe.letters)
 
     def cuts(self, users: list[str]) -> list[tuple[str, Cut]]:
         """The evaluation cuts of `users`, as (user, cut)."""

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from persona.errors import RecipeError
 from persona.history.render import render_event, render_history
 from persona.training.hardware import precision
-from persona.training.questions import Cut, Question, build_questions
+from persona.training.questions import Cut, Question
 from persona.training.recipe import Domain, LMConfig, write_trained_on
 
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -82,9 +82,7 @@ def train_tokenizer(domain: Domain, config: LMConfig) -> PreTrainedTokenizerFast
     sources = domain.recipe.sources
     lines = [render_event(e, sources[e.source]) for u in domain.train for e in domain.histories[u].events]
     for _ in range(1000):
-        for q in build_questions(
-            domain.training_cut(rng), domain.recipe.questions, domain.catalogue, rng, training=True
-        ):
+        for q in domain.questions(domain.training_cut(rng), rng, training=True):
             lines.append(f"{q.prompt} {q.answer}")
     for answers in domain.catalogue.answers.values():
         lines += [f" {a}" for a in answers] * 1000
@@ -194,8 +192,7 @@ class PackedRows(Dataset):
 
     def _questions(self, cut: Cut, rng: np.random.Generator) -> list[Question]:
         """One round of questions in random order."""
-        recipe = self.domain.recipe
-        questions = build_questions(cut, recipe.questions, self.domain.catalogue, rng, training=True)
+        questions = self.domain.questions(cut, rng, training=True)
         return [questions[i] for i in rng.permutation(len(questions))]
 
     def _block(self, question: Question, plain: bool) -> tuple[list[int], int]:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from persona.encoders.config import EncoderConfig
 from persona.encoders.events import EventEncoder
 from persona.encoders.features import TIME_FEATURES, event_rows, make_batch, newest
 from persona.encoders.vocabulary import Vocabulary
@@ -114,7 +115,7 @@ def test_a_batch_is_padded_on_the_right(small, text_encoder):
 
 def test_each_field_of_an_event_changes_its_vector(small, text_encoder):
     torch.manual_seed(0)
-    module = EventEncoder(small, text_encoder.dim, 32, 0.0).eval()
+    module = EventEncoder(small, text_encoder.dim, EncoderConfig(width=32, heads=2, dropout=0.0)).eval()
 
     def vector(event):
         with torch.no_grad():

@@ -20,6 +20,7 @@ class Gate(nn.Module):
     def __init__(self, part):
         super().__init__()
         self.part, self.calls = part, 0
+        self.keep = getattr(part, "keep", None)
         self.reached, self.go = threading.Event(), threading.Event()
         self.go.set()
 

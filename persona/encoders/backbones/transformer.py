@@ -10,19 +10,19 @@ from torch.nn import functional as F
 class CausalTransformer(nn.Module):
     """Decoder-only stack over event vectors (SASRec, Kang & McAuley 2018, with RoPE and SwiGLU)."""
 
-    def __init__(self, width: int, heads: int, layers: int, dropout: float):
+    def __init__(self, width: int, heads: int, layers: int, dropout: float, inner: int = 0, positions: int = 0):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, inner or 2 * width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None = None, cache: list[torch.Tensor] | None = None
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        cache: list[torch.Tensor] | None = None,
+        times: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """States and cache of `x` `[B, N, d]`.
-
-        `mask` `[B, N]` is True at real rows, which come first; padding may hold anything. `cache` is what an earlier
-        call returned, `[2, B, heads, M, d / heads]` for each layer: `x` then continues those M positions.
-        """
+        """States and cache of `x` `[B, N, d]`; the cache is `[2, B, heads, M + N, d / heads]` for each layer."""
         new_cache = []
         for i, block in enumerate(self.blocks):
             x, kept = block(x, None if cache is None else cache[i])
@@ -30,18 +30,23 @@ class CausalTransformer(nn.Module):
         x = self.norm(x)
         return (x if mask is None else x * mask[..., None]), new_cache
 
+    @staticmethod
+    def keep(cache: list[torch.Tensor], row: int, unused: int) -> list[torch.Tensor]:
+        """The keys and values of one row of the batch."""
+        return [layer[:, row : row + 1, :, : layer.shape[3] - unused].clone() for layer in cache]
+
 
 class Block(nn.Module):
     """Attention and SwiGLU, each behind a LayerNorm."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, heads: int, dropout: float, inner: int):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(2 * width, width, bias=False)
+        self.up = nn.Linear(width, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
