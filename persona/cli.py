@@ -124,6 +124,42 @@ def bench_table(
         _say(f"wrote {out}")
 
 
+@bench.command("uqa")
+def bench_uqa(
+    recipe: Recipe,
+    data: Data,
+    llm: Annotated[str, typer.Option(help="Hugging Face name or path of the LLM, which stays frozen.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; what lies there already is not made again.")],
+    backbone: Annotated[list[str] | None, typer.Option(help="Backbone to run; repeat for several.")] = None,
+    head: Annotated[list[str] | None, typer.Option(help="resampler, linear or mlp; repeat for several.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of training; repeat for several.")] = None,
+    stage: Annotated[str, typer.Option(help="all, or the last stage to run: pretrain, align, evaluate.")] = "all",
+    pretrain_steps: Annotated[int | None, typer.Option(help="Steps of pre-training, not the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of alignment, not the recipe's.")] = None,
+    baselines: Annotated[bool, typer.Option(help="Also the rows without user tokens.")] = True,
+    strict: Strict = False,
+) -> None:
+    """Pre-trains, aligns and evaluates user embeddings as prompts: UQABench's seven sub-tasks, with controls."""
+    from persona.evaluation.uqa.run import run_uqa
+
+    quiet()
+    if stage not in ("all", "pretrain", "align", "evaluate"):
+        raise PersonaError(f"--stage is all, pretrain, align or evaluate, not {stage}")
+    run_uqa(
+        _domain(recipe, data, strict),
+        llm,
+        out,
+        backbones=backbone or ["sasrec"],
+        heads=head or ["resampler"],
+        seeds=seed or [0],
+        until=stage,
+        pretrain_steps=pretrain_steps,
+        steps=steps,
+        baselines=baselines,
+        say=_say,
+    )
+
+
 @bench.command("readme")
 def bench_readme(
     results: Annotated[list[Path], typer.Argument(help="Result files; NAME.json fills the markers persona:NAME.")],
@@ -133,6 +169,20 @@ def bench_readme(
     from persona.evaluation.report import update_readme
 
     _say(f"updated {readme}: {', '.join(update_readme(readme, results))}")
+
+
+@bench.command("report")
+def bench_report(
+    results: Annotated[list[Path], typer.Argument(help="Result files of `persona bench uqa`, any number.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    markdown: Annotated[Path | None, typer.Option(help="Markdown file to write the tables to.")] = None,
+) -> None:
+    """Turns result files into one HTML page with tables and figures, which needs no network."""
+    from persona.evaluation.page import write_page
+
+    for warning in write_page(results, out, markdown):
+        _say(f"warning: {warning}")
+    _say(f"wrote {out}" + (f" and {markdown}" if markdown else ""))
 
 
 @app.command()

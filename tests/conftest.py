@@ -26,7 +26,8 @@ from persona.encoders import EncoderConfig, TextEncoder, UserEncoder, Vocabulary
 from persona.history import Event, History
 from persona.injection import PersonalizedLM, load_llm
 from persona.serving import VLLMEngine
-from persona.training.recipe import Domain, LMConfig, load_recipe
+from persona.training.configs import LMConfig
+from persona.training.recipe import Domain, load_recipe
 from persona.training.reference_lm import train_tokenizer
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and waiting threads starve each other

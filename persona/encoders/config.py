@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from persona.history.source import STRICT
 
@@ -29,10 +30,12 @@ class EncoderConfig:
     """Whether an item's text is read beside its id; an item with an unknown id is always read by its text."""
     item_attributes: bool = False
     """Whether an item's attributes are read beside its id."""
+    item_targets: Literal["text", "id"] = "text"
+    """What the next-item objective foretells: an item by its text, or by its id (and its text, if that is read)."""
     mentions: bool = False
     """Whether an item that an instruction names by its whole text is looked up, so that its id is known too."""
     head: str = "resampler"
-    """How tokens are made from states, a key of `persona.encoders.heads.HEADS`."""
+    """How tokens are made from states: resampler, which reads the instruction; linear or mlp of the states' mean."""
     resampler_layers: int = 2
     """Layers of the resampler, if that is the head."""
     tokens: int = 8

@@ -73,11 +73,15 @@ class EventEncoder(nn.Module):
             vectors = vectors + self.tabular.category(batch.attributes).sum(2)
         return self.dropout(self.norm(vectors))
 
-    def catalogue(self, item_vectors: torch.Tensor) -> torch.Tensor:
-        """Targets of the next-item objective: `[items, text_dim]` text vectors -> `[items, d]`.
+    def catalogue(self, item_vectors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Targets of the next-item objective: items `index` `[n]` with text vectors `[n, text_dim]` -> `[n, d]`.
 
-        By text alone, ids stay on the input side: what is learned from who took what then lies in the space in which
-        an instruction names an item, and a new item is a target like any other. Items without text go by their id.
+        With `item_targets` text, ids stay on the input side: what is learned from who took what then lies in the space
+        in which an instruction names an item, and a new item is a target like any other; items without text go by
+        their id. With `item_targets` id, an item is the sum of its id and, if it is read at all, its text.
         """
+        ids = self.item.weight[1:][index]
+        if self.config.item_targets == "id":
+            return ids + self.text(item_vectors) if self.config.item_text else ids
         named = item_vectors.abs().sum(-1, keepdim=True) > 0
-        return torch.where(named, self.text(item_vectors), self.item.weight[1:])
+        return torch.where(named, self.text(item_vectors), ids)

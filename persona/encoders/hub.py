@@ -57,6 +57,16 @@ class HubMixin:
         load_weights(model, folder / "model.safetensors")
         return model.eval()
 
+    def load_pretrained(self, folder: str | Path) -> None:
+        """Takes all weights but the head's from a pre-trained encoder of the same shape and vocabulary.
+
+        Raises `CheckpointError` when they do not fit.
+        """
+        folder = resolve(folder)
+        if read_config(Vocabulary, folder / "vocabulary.json") != self.vocabulary:
+            raise CheckpointError(f"{folder} was pre-trained on other records: its vocabulary differs")
+        load_weights(self, folder / "model.safetensors", without="head.")
+
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """Uploads what `save_pretrained` writes; further arguments go to `HfApi.create_repo`. Returns the URL."""
         return push(self, repo_id, **kwargs)
@@ -109,12 +119,19 @@ def read_config(cls: type[T], path: Path) -> T:
         raise CheckpointError(str(error)) from None
 
 
-def load_weights(model, path: Path) -> None:
-    """Strict: raises `CheckpointError` for a missing or corrupt file and for tensors that do not fit."""
+def load_weights(model, path: Path, *, without: str | None = None) -> None:
+    """Loads all weights, or all whose name does not begin with `without`.
+
+    Strict: raises `CheckpointError` for a missing or corrupt file and for tensors that do not fit.
+    """
     if not path.exists():
         raise CheckpointError(f"{path} is missing; is {path.parent} a folder made by save_pretrained?")
     try:
-        model.load_state_dict(load_file(path))
+        weights = load_file(path)
+        if without:
+            own = {name: value for name, value in model.state_dict().items() if name.startswith(without)}
+            weights = {name: value for name, value in weights.items() if not name.startswith(without)} | own
+        model.load_state_dict(weights)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is corrupt ({error}); copy or save it again") from None
     except RuntimeError as error:

@@ -1,6 +1,6 @@
 """`UserEncoder`: a history and an instruction in, user tokens out.
 
-Event vectors, backbone states and what the resampler reads of them do not depend on the instruction, so they are
+Event vectors, backbone states and what the head reads of them do not depend on the instruction, so they are
 computed once (`encode`), continued event by event (`extend`), and shared by all questions. An instruction is encoded
 once for all users (`instruct`). That one reads the other is all that a request pays for (`tokens`).
 """
@@ -17,8 +17,9 @@ from persona.encoders.backbones import build_backbone
 from persona.encoders.config import EncoderConfig
 from persona.encoders.events import EventEncoder
 from persona.encoders.features import EventBatch, event_rows, make_batch, newest
+from persona.encoders.heads import build_head
 from persona.encoders.hub import HubMixin
-from persona.encoders.resampler import Resampler
+from persona.encoders.mentions import Mentions
 from persona.encoders.text import TextEncoder
 from persona.encoders.vocabulary import Vocabulary
 from persona.errors import EventError
@@ -49,7 +50,7 @@ class UserState:
     cache: list[torch.Tensor]
     """The backbone's cache."""
     memory: torch.Tensor
-    """What the resampler reads of the states, `[layers, 2, heads, 1 + rows, d / heads]`."""
+    """What the head reads of the states, positions in the last dimension but one."""
     events: int = 0
     """Timed events read, those of unknown sources too, though they make no row."""
     last_timestamp: float | None = None
@@ -79,14 +80,15 @@ class InstructionState:
 
 
 class UserEncoder(HubMixin, nn.Module):
-    """Event encoders, a sequence backbone and an instruction-aware resampler."""
+    """Event encoders, a sequence backbone, and a head that makes tokens: an instruction-aware resampler by default."""
 
     def __init__(self, config: EncoderConfig, vocabulary: Vocabulary, text_encoder: TextEncoder | None = None):
         super().__init__()
-        self.config, self.vocabulary = config, vocabulary
+        self.config, self.vocabulary, self._frozen = config, vocabulary, False
         # Not a submodule: it is frozen, shared between encoders, and never saved with the weights.
         object.__setattr__(self, "text_encoder", text_encoder or TextEncoder(config.text_encoder))
         dim = self.text_encoder.dim
+        self.mentions = Mentions(vocabulary.item_texts)
         self.events = EventEncoder(vocabulary, dim, config)
         self.start = nn.Parameter(torch.randn(config.width) * 0.3)
         self.backbone = build_backbone(
@@ -98,9 +100,21 @@ class UserEncoder(HubMixin, nn.Module):
             config.inner,
             1 + config.max_events,
         )
-        self.resampler = Resampler(
-            dim, config.width, config.heads, config.resampler_layers, config.tokens, config.dropout
-        )
+        self.head = build_head(config, dim)
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Leaves event encoders and backbone as they are in training: no gradient, no dropout; only the head learns."""
+        self._frozen = frozen
+        for part in (self.events, self.backbone):
+            part.requires_grad_(not frozen)
+        self.start.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> UserEncoder:
+        """Training mode, but for what is frozen."""
+        super().train(mode)
+        for part in (self.events, self.backbone) if self._frozen else ():
+            part.train(False)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -124,12 +138,24 @@ class UserEncoder(HubMixin, nn.Module):
 
     def resample(self, states: torch.Tensor, mask: torch.Tensor, instructions: Sequence[str]) -> torch.Tensor:
         """`states` `[Q, N, d]`, `mask` `[Q, N]` and Q instructions -> `[Q, K, d]`."""
-        return self.resampler(states, mask, *self._words(instructions))
+        return self.head(states, mask, *self._words(instructions))
 
     def _words(self, instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The resampler's inputs about instructions: states `[Q, T, text_dim]`, mask `[Q, T]`, topics `[Q, d]`."""
+        """The head's inputs about instructions: states `[Q, T, text_dim]`, mask `[Q, T]`, topics `[Q, d]`."""
         words, seen = _padded([w.to(self.device) for w in self.text_encoder.states_of(list(instructions))])
-        return words, seen, self.events.text(words[:, 0])
+        topics = self.events.text(words[:, 0])
+        if self.config.mentions:
+            named = [torch.tensor(self.mentions.find(text), device=self.device) for text in instructions]
+            topics = topics + torch.stack([self.events.item(index.long()).sum(0) for index in named])
+        return words, seen, topics
+
+    def item_scores(self, states: torch.Tensor, texts: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        """How likely each item is next, by states `[P, d]`: logits `[P, items]`, of the items `index` alone if given.
+
+        `texts` `[items, text_dim]` are the vectors of `vocabulary.item_texts`.
+        """
+        index = torch.arange(len(texts), device=states.device) if index is None else index
+        return states @ self.events.catalogue(texts[index], index).T / self.config.width**0.5
 
     def batch(self, histories: Sequence[History]) -> EventBatch:
         """Histories as the model's input, each cut to its newest `max_events`."""
@@ -145,7 +171,7 @@ class UserEncoder(HubMixin, nn.Module):
             batch = self.batch(part)
             mask = _with_start(batch.mask)
             states, cache = self.backbone(self._vectors(batch), mask, times=_start_times(batch))
-            memory = self.resampler.memory(states, mask)
+            memory = self.head.memory(states, mask)
             for i, history in enumerate(part):
                 size = int(mask[i].sum())
                 read, truncated = newest(history, self.config.max_events)
@@ -190,7 +216,7 @@ class UserEncoder(HubMixin, nn.Module):
         batch = make_batch([rows], self.text_encoder).to(self.device)
         new, cache = self.backbone(self.events(batch), cache=state.cache, times=batch.timestamp)
         states = torch.cat([state.states, new[0]])
-        memory = self.resampler.memory(states[None], torch.ones(1, len(states), dtype=torch.bool, device=states.device))
+        memory = self.head.memory(states[None], torch.ones(1, len(states), dtype=torch.bool, device=states.device))
         return replace(state, states=states, cache=self.backbone.keep(cache, 0, 0), memory=memory[:, :, 0])
 
     def _row_timestamp(self, timed: Sequence[Event], before: float | None = None) -> float | None:
@@ -199,7 +225,7 @@ class UserEncoder(HubMixin, nn.Module):
     @torch.inference_mode()
     def instruct(self, instructions: Sequence[str]) -> list[InstructionState]:
         """States of instructions, which `tokens` takes in place of their texts."""
-        latents, seen = self.resampler.ask(*self._words(instructions))
+        latents, seen = self.head.ask(*self._words(instructions))
         return [InstructionState(own[mask].clone()) for own, mask in zip(latents, seen)]
 
     @torch.inference_mode()
@@ -218,7 +244,7 @@ class UserEncoder(HubMixin, nn.Module):
         latents, seen = _padded([a.latents for a in asked])
         # [N, layers, 2, heads, d / heads] each, padded along N, and back
         memory, mask = _padded([s.memory.movedim(3, 0) for s in states])
-        tokens = self.resampler.read(latents, seen, memory.permute(2, 3, 0, 4, 1, 5), mask)[:, :count]
+        tokens = self.head.read(latents, seen, memory.permute(2, 3, 0, 4, 1, 5), mask)[:, :count]
         return [UserTokens(t.clone(), s.truncated) for t, s in zip(tokens, states)]
 
 

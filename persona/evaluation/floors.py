@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from sklearn.preprocessing import normalize
 
+from persona.evaluation.collaborative import Ease, ItemCosine
 from persona.training.questions import NO, YES, Cut, Question, build_questions
 from persona.training.recipe import Domain
 
@@ -26,10 +25,11 @@ class Floors:
         with_ids = {e.source for e in events if e.item_id is not None}
         specs = self.specs.items()
         self._bias = {n: ItemBias(domain, s.source) for n, s in specs if s.kind == "next_value" and s.source in valued}
-        self._cosine = {
-            n: ItemCosine(domain, s.source) for n, s in specs if s.kind == "next_item" and s.source in with_ids
-        }
-        self._majority = {n: self._commonest(n) for n, s in specs if s.kind != "next_item"}
+        histories = [domain.histories[u] for u in domain.train]
+        chosen = {s.source for _, s in specs if s.kind == "next_item" and s.source in with_ids}
+        self._cosine = {source: ItemCosine(histories, source) for source in chosen}
+        self._ease = {source: Ease(histories, source) for source in chosen}
+        self._majority = {n: self._commonest(n) for n, s in specs if s.kind != "next_item" and not s.choices}
 
     def _commonest(self, name: str) -> str | None:
         """The commonest right answer among the evaluation questions of training users; None if there are none."""
@@ -45,9 +45,11 @@ class Floors:
         None where training users answer nothing, or never met the item.
         """
         spec = self.specs[question.task]
-        if spec.kind == "next_item":
+        if question.options == (YES, NO):
             item = self.domain.catalogue.items.get(spec.source, {}).get(question.item_id)
             return None if item is None else {YES: float(item.count), NO: 0.0}
+        if spec.choices:
+            return self.domain.catalogue.frequencies(question.task, question.options)
         answer = self._majority[question.task]
         return None if answer is None else {answer: 1.0}
 
@@ -61,8 +63,17 @@ class Floors:
 
     def cosine(self, question: Question, cut: Cut, item_id: str | None) -> dict[str, float] | None:
         """Odds of yes by the item's cosine to the history's items; None for other questions or without a fit."""
-        model = self._cosine.get(question.task)
-        return None if model is None else {YES: model.score(cut, item_id), NO: 0.0}
+        return self._odds(self._cosine, question, cut, item_id)
+
+    def ease(self, question: Question, cut: Cut, item_id: str | None) -> dict[str, float] | None:
+        """Odds of yes by EASE's score of the item; None for other questions or without a fit."""
+        return self._odds(self._ease, question, cut, item_id)
+
+    def _odds(self, models: dict, question: Question, cut: Cut, item_id: str | None) -> dict[str, float] | None:
+        spec = self.specs[question.task]
+        if spec.kind != "next_item" or spec.source not in models or question.options != (YES, NO):
+            return None
+        return {YES: models[spec.source].score(cut.history.events, item_id), NO: 0.0}
 
 
 class ItemBias:
@@ -86,28 +97,3 @@ class ItemBias:
             if e.source == self.source and e.value is not None
         ]
         return self.mean + self.item.get(item_id, 0.0) + sum(own) / max(len(own) + self.shrink, 1)
-
-
-class ItemCosine:
-    """Mean cosine between an item's and the history items' columns of the training user-item matrix."""
-
-    def __init__(self, domain: Domain, source: str):
-        self.source = source
-        pairs = [
-            (n, e.item_id)
-            for n, u in enumerate(domain.train)
-            for e in domain.histories[u].events
-            if e.source == source and e.item_id is not None
-        ]
-        self.index = {i: n for n, i in enumerate(dict.fromkeys(i for _, i in pairs))}
-        rows, columns = [n for n, _ in pairs], [self.index[i] for _, i in pairs]
-        matrix = csr_matrix((np.ones(len(pairs)), (rows, columns)))
-        matrix.data[:] = 1.0
-        self.columns = normalize(matrix.T.tocsr())  # [items, users]
-
-    def score(self, cut: Cut, item_id: str | None) -> float:
-        """0 for an unknown item or a history without known items."""
-        met = [self.index[e.item_id] for e in cut.history.events if e.source == self.source and e.item_id in self.index]
-        if item_id not in self.index or not met:
-            return 0.0
-        return float((self.columns[met] @ self.columns[self.index[item_id]].T).mean())

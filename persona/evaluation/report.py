@@ -14,12 +14,19 @@ NAMES = {
     "majority": "majority answer, most popular item (no LM)",
     "user_item_bias": "user + item bias (no LM)",
     "item_cosine": "item cosine (no LM)",
+    "ease": "EASE (no LM)",
     "no_history": "no history",
     "learned_prompt": "learned prompt, no user in it",
     "shuffled_user": "another user's tokens",
     "text_same_budget": "newest events as text, same budget",
     "text_full": "full history (the window) as text",
 }
+NUMBERED = {
+    r"(?:ours|soft)_k(\d+)": "**ours, K = {}**",
+    r"text_(\d+)": "newest events as text, {} tokens",
+    r"retrieved_(\d+)": "retrieved events as text (BM25), {} tokens",
+}
+"""Methods with a number in their name."""
 _MARKER = "<!-- persona:{name} -->"
 
 
@@ -106,8 +113,10 @@ def cost_line(result: dict) -> str:
 
 def label(name: str) -> str:
     """A method's name for people."""
-    match = re.fullmatch(r"ours_k(\d+)", name)
-    return f"**ours, K = {match[1]}**" if match else NAMES.get(name, name)
+    for pattern, text in NUMBERED.items():
+        if match := re.fullmatch(pattern, name):
+            return text.format(match[1])
+    return NAMES.get(name, name)
 
 
 def _cell(value: dict | None, signed: bool = False) -> str:

@@ -47,7 +47,7 @@ def run_table(
         raise DataError(f"only {len(sample.users)} {part} users have {domain.recipe.split.min_events} events or more")
     tasks = list(domain.recipe.questions)
     progress(f"{len(sample.users)} {part} users, {len(sample.cuts)} cuts, {len(sample.asked)} questions")
-    values, tokens = _floor_values(domain, sample, tasks), {}
+    values, tokens = floor_values(domain, sample, tasks, Floors(domain)), {}
     methods = Methods(domain, model, control, sample)
     for name, requests in methods.all():
         owner = control if name == "learned_prompt" else model
@@ -106,14 +106,15 @@ def _share(choices: Sequence[tuple[float, bool]]) -> float:
     return sum(tied) / len(tied)
 
 
-def _floor_values(domain: Domain, sample: Sample, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+def floor_values(domain: Domain, sample: Sample, tasks: Sequence[str], floors: Floors) -> dict[str, np.ndarray]:
     """Rows without an LM; NaN where a floor does not apply to a task."""
-    floors, values = Floors(domain), {}
+    values = {}
     for name, score in {
         "chance": lambda q, cut: dict.fromkeys(q.options, 0.0),
         "majority": lambda q, cut: floors.majority(q),
         "user_item_bias": lambda q, cut: floors.bias(q, cut, q.item_id),
         "item_cosine": lambda q, cut: floors.cosine(q, cut, q.item_id),
+        "ease": lambda q, cut: floors.ease(q, cut, q.item_id),
     }.items():
         scored = [(a, score(a.question, sample.cuts[a.cut])) for a in sample.asked]
         part = [(a, {o: s.get(o, -np.inf) for o in a.question.options}) for a, s in scored if s is not None]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from persona.encoders import InstructionState, UserEncoder, UserState
+from persona.encoders import InstructionState, TextEncoder, UserEncoder, UserState
 from persona.encoders.features import EventBatch
 from persona.encoders.hub import load_weights, push, read_config, resolve
 from persona.errors import CheckpointError, MissingExtraError, PersonaError
@@ -85,7 +85,8 @@ class PersonalizedLM(nn.Module):
         self.encoder = encoder
         self.template = PromptTemplate(tokenizer)
         width = llm.get_input_embeddings().weight.shape[1]
-        self.projector = Projector(encoder.config.width, width, mean_row_norm(llm) if row_norm is None else row_norm)
+        norm = mean_row_norm(llm) if row_norm is None else row_norm
+        self.projector = Projector(encoder.config.width, width, norm, linear=encoder.config.head == "linear")
         name = base_model or getattr(llm.config, "_name_or_path", "")
         self.adapter = AdapterConfig(name, width, encoder.config.width, encoder.config.tokens, domain=domain)
 
@@ -276,14 +277,16 @@ class PersonalizedLM(nn.Module):
         *,
         llm_weights: bool = True,
         device: str | None = None,
+        text_encoder: TextEncoder | None = None,
         **kwargs,
     ) -> PersonalizedLM:
         """Loads an adapter folder or hub name, and its LLM (`llm` overrides the recorded name).
 
         Without `llm_weights` the LLM is an empty shell, for an engine that holds the weights itself: user tokens and
-        prompts are made as ever, but the model cannot answer. `device` defaults to the GPU if there is one. Further
-        arguments go to `AutoModelForCausalLM.from_pretrained`. Raises `CheckpointError` when a file is missing or
-        corrupt, or when the LLM's width is not the one the adapter was trained for.
+        prompts are made as ever, but the model cannot answer. `device` defaults to the GPU if there is one,
+        `text_encoder` to the one that the adapter names. Further arguments go to
+        `AutoModelForCausalLM.from_pretrained`. Raises `CheckpointError` when a file is missing or corrupt, or when the
+        LLM's width is not the one the adapter was trained for.
         """
         folder = resolve(adapter)
         config = read_config(AdapterConfig, folder / "adapter_config.json")
@@ -295,7 +298,7 @@ class PersonalizedLM(nn.Module):
                 f"{folder} was trained for an LLM of width {config.llm_width} ({config.base_model}); "
                 f"{name} is {width} wide. Train an adapter for it with `persona train`"
             )
-        encoder = UserEncoder.from_pretrained(folder / "encoder")
+        encoder = UserEncoder.from_pretrained(folder / "encoder", text_encoder)
         model = cls(base, tokenizer, encoder, domain=config.domain, row_norm=1.0)  # the true one is with the weights
         load_weights(model.projector, folder / "projector.safetensors")
         if config.lora and llm_weights:

@@ -7,14 +7,19 @@ from torch import nn
 
 
 class Projector(nn.Module):
-    """Two-layer GELU MLP, then each row is brought to the mean norm of the LLM's embedding rows times a learned gain.
+    """Two-layer GELU MLP, or a linear map; each row is then given the mean norm of the LLM's rows times a learned gain.
 
     The scale is measured on the LLM, never a constant: PPlug's published 539.97 is FlanT5-XXL's (arXiv 2409.11901).
     """
 
-    def __init__(self, width: int, llm_width: int, row_norm: float):
+    def __init__(self, width: int, llm_width: int, row_norm: float, *, linear: bool = False):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width))
+        layers = (
+            [nn.Linear(width, llm_width)]
+            if linear
+            else [nn.Linear(width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width)]
+        )
+        self.mlp = nn.Sequential(*layers)
         self.register_buffer("row_norm", torch.tensor(float(row_norm)))
         self.log_gain = nn.Parameter(torch.zeros(()))
 

@@ -19,6 +19,7 @@ from persona.history import History, ReaderSpec, SourceSpec
 from persona.history.config import load_config
 from persona.history.readers import ReadReport, read_histories
 from persona.history.source import STRICT
+from persona.training.configs import LMConfig, PretrainingConfig, SplitConfig, TrainingConfig
 from persona.training.questions import (
     Catalogue,
     Cut,
@@ -28,84 +29,6 @@ from persona.training.questions import (
     evaluation_cuts,
     make_cut,
 )
-
-
-@dataclass(frozen=True)
-class SplitConfig:
-    """How users are divided. Always by user, never by row."""
-
-    __pydantic_config__ = STRICT
-
-    train: float = 0.8
-    """Share of users an adapter and a reference LM learn from."""
-    validation: float = 0.1
-    """Share used to choose settings; the rest are test users."""
-    seed: int = 0
-    """Seed of the shuffle."""
-    cuts: PositiveInt = 4
-    """Points in time at which each validation or test user is asked."""
-    min_events: PositiveInt = 10
-    """A cut leaves at least so many events before it in evaluation."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How an adapter is trained."""
-
-    __pydantic_config__ = STRICT
-
-    steps: PositiveInt = 2000
-    """Optimizer steps."""
-    histories_per_step: PositiveInt = 16
-    """Histories in a batch; each is encoded once and asked all its questions."""
-    questions_per_history: PositiveInt = 6
-    """At most so many questions about one history, drawn at random."""
-    learning_rate: float = 1e-3
-    """Peak rate of AdamW, linear warm-up and cosine decay."""
-    warmup_steps: int = 100
-    """Steps of warm-up."""
-    weight_decay: float = 0.01
-    """AdamW weight decay."""
-    next_item_weight: float = 0.2
-    """Weight of the next-item loss on the backbone's states beside the answer loss; 0 turns it off."""
-    short_share: float = 0.25
-    """Share of training histories cut down to 1-15 events, so that young users work too."""
-    drop_events: float = 0.1
-    """Highest share of events dropped at random from a training history."""
-    lora_rank: int = 0
-    """Rank of an optional peft LoRA on the LLM's attention; 0 leaves the LLM as it is."""
-    seed: int = 0
-    """Seed of everything random in training."""
-
-
-@dataclass(frozen=True)
-class LMConfig:
-    """Size and training of the reference LM that stands in for a hub model."""
-
-    __pydantic_config__ = STRICT
-
-    vocab_size: PositiveInt = 3072
-    """Byte-level BPE tokens."""
-    hidden_size: PositiveInt = 192
-    """Width; heads are `head_dim` wide."""
-    layers: PositiveInt = 4
-    """Decoder layers."""
-    head_dim: PositiveInt = 32
-    """32 or 64: the vLLM CPU engine takes no less."""
-    context: PositiveInt = 1024
-    """Tokens of a training row: one history, then as many questions as fit."""
-    rows_per_step: PositiveInt = 3
-    """Rows in a batch."""
-    steps: PositiveInt = 1600
-    """Optimizer steps."""
-    learning_rate: float = 2e-3
-    """Peak rate of AdamW; flat to 30% of the steps, then linear to zero."""
-    history_weight: float = 0.2
-    """Weight of the next-token loss on a history's own text beside the answer loss."""
-    plain_share: float = 0.1
-    """Share of rows without a history."""
-    seed: int = 0
-    """Seed of everything random in building the LM."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +55,8 @@ class Recipe:
     """How users are divided."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """The user encoder."""
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    """How the user encoder is pre-trained, where it is."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How the adapter is trained."""
     lm: LMConfig = field(default_factory=LMConfig)

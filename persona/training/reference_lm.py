@@ -19,9 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from persona.errors import RecipeError
 from persona.history.render import render_event, render_history
+from persona.training.configs import LMConfig
 from persona.training.hardware import precision
 from persona.training.questions import Cut, Question
-from persona.training.recipe import Domain, LMConfig, write_trained_on
+from persona.training.recipe import Domain, write_trained_on
 
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (

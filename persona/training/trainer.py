@@ -16,10 +16,11 @@ from persona.encoders.hub import load_weights
 from persona.errors import PersonaError
 from persona.injection import PersonalizedLM, load_llm
 from persona.injection.model import default_device
+from persona.training.configs import TrainingConfig
 from persona.training.data import Collator, Examples
 from persona.training.hardware import precision
 from persona.training.objectives import next_item_loss
-from persona.training.recipe import Domain, TrainingConfig, write_trained_on
+from persona.training.recipe import Domain, write_trained_on
 
 
 class PersonaTrainer(Trainer):
@@ -65,8 +66,11 @@ def train_adapter(
     resume: bool = False,
     report_to: str = "none",
     text_encoder: TextEncoder | None = None,
+    pretrained: str | Path | None = None,
 ) -> PersonalizedLM:
     """Trains encoder and projector for `domain` on a frozen LLM and saves the adapter to `out`.
+
+    `pretrained` is the folder of a pre-trained encoder to start from; see `persona.training.pretrain`.
 
     `resume` continues from the newest checkpoint in `out`, if there is one. Checkpoints are written four times a run
     and removed when it ends. Raises `PersonaError` when an unfinished run lies in `out` and is not to be resumed.
@@ -77,7 +81,7 @@ def train_adapter(
     recipe = domain.recipe
     config = recipe.training
     set_seed(config.seed)
-    model = new_model(domain, llm, text_encoder)
+    model = new_model(domain, llm, text_encoder, pretrained)
     if config.lora_rank:
         model.add_lora(config.lora_rank)
     steps = steps or config.steps
@@ -86,7 +90,7 @@ def train_adapter(
         args=training_arguments(config, out, steps, report_to),
         train_dataset=Examples(domain, steps * config.histories_per_step, without_history=without_history),
         data_collator=Collator(model, config.seed),
-        next_item_weight=0.0 if without_history else config.next_item_weight,
+        next_item_weight=0.0 if without_history or config.frozen_encoder else config.next_item_weight,
     )
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -106,12 +110,20 @@ def train_adapter(
     return model.eval()
 
 
-def new_model(domain: Domain, llm: str | Path, text_encoder: TextEncoder | None = None) -> PersonalizedLM:
-    """An untrained adapter on a frozen LLM, its vocabulary fitted on the training users."""
+def new_model(
+    domain: Domain,
+    llm: str | Path,
+    text_encoder: TextEncoder | None = None,
+    pretrained: str | Path | None = None,
+) -> PersonalizedLM:
+    """An untrained adapter on a frozen LLM, its vocabulary fitted on the training users; see `train_adapter`."""
     base, tokenizer = load_llm(llm)
     recipe = domain.recipe
     vocabulary = Vocabulary.fit((domain.histories[u] for u in domain.train), recipe.sources)
     encoder = UserEncoder(recipe.encoder, vocabulary, text_encoder)
+    if pretrained:
+        encoder.load_pretrained(pretrained)
+    encoder.freeze(recipe.training.frozen_encoder)
     model = PersonalizedLM(base, tokenizer, encoder, base_model=str(llm), domain=recipe.name)
     return model.to(default_device())
 

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from persona.encoders import EncoderConfig, UserEncoder, UserTokens
+from persona.encoders.backbones import BACKBONES
 from persona.errors import EventError, RecipeError
 from persona.history import Event, History
 
@@ -67,6 +68,24 @@ def test_extend_equals_encoding_again(encoder, strange_history, kept):
         assert all(close(a, b) for a, b in zip(state.cache, whole.cache))
         assert (state.events, state.last_timestamp) == (6, whole.last_timestamp)
         assert close(encoder.tokens([state], [ASK])[0].tokens, encoder.tokens([whole], [ASK])[0].tokens)
+
+
+@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+def test_extend_equals_encoding_again_with_every_backbone(backbone, vocabulary, text_encoder, strange_history):
+    torch.manual_seed(1)
+    config = EncoderConfig(backbone=backbone, width=32, heads=2, layers=2, tokens=4, max_events=64, dropout=0.0)
+    encoder = UserEncoder(config, vocabulary, text_encoder).eval()
+    plain = many(9, start=28_000_000)
+    half = strange_history.of([*strange_history.events[:1], *strange_history.timed[:2]])
+    begun = encoder.encode([History("nobody"), many(4, start=28_000_000), half])
+    rest = [plain.events, plain.events[4:], strange_history.timed[2:]]
+    for state, events, history in zip(begun, rest, (plain, plain, strange_history)):
+        whole = encoder.encode([history])[0]
+        assert close(encoder.extend(state, events).states, whole.states)
+        for event in events:
+            state = encoder.extend(state, [event])
+        assert close(state.states, whole.states)
+        assert all(close(a, b) for a, b in zip(state.cache, whole.cache))
 
 
 def test_extend_reads_only_the_new_events(encoder, shop_histories):

@@ -75,7 +75,7 @@ def test_gradients_reach_encoder_and_projector_and_never_the_llm(lm, shop_histor
     out = lm(**Collator(lm)(examples))
     out["loss"].backward()
     assert all(p.grad is None for p in lm.llm.parameters())
-    for part in (lm.projector, lm.encoder.resampler, lm.encoder.backbone, lm.encoder.events.text):
+    for part in (lm.projector, lm.encoder.head, lm.encoder.backbone, lm.encoder.events.text):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
     torch.optim.SGD([p for p in lm.parameters() if p.requires_grad], lr=0.1).step()
     assert all(torch.equal(before[name], p) for name, p in lm.llm.named_parameters())

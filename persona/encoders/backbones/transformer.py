@@ -10,10 +10,14 @@ from torch.nn import functional as F
 class CausalTransformer(nn.Module):
     """Decoder-only stack over event vectors (SASRec, Kang & McAuley 2018, with RoPE and SwiGLU)."""
 
+    norm_class: type[nn.Module] = nn.LayerNorm
+
     def __init__(self, width: int, heads: int, layers: int, dropout: float, inner: int = 0, positions: int = 0):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, dropout, inner or 2 * width) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, dropout, inner or 2 * width, self.norm_class) for _ in range(layers)
+        )
+        self.norm = self.norm_class(width)
 
     def forward(
         self,
@@ -37,12 +41,12 @@ class CausalTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each behind a LayerNorm."""
+    """Attention and SwiGLU, each behind a norm."""
 
-    def __init__(self, width: int, heads: int, dropout: float, inner: int):
+    def __init__(self, width: int, heads: int, dropout: float, inner: int, norm_class: type[nn.Module]):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1, self.norm2 = norm_class(width), norm_class(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.up = nn.Linear(width, 2 * inner, bias=False)
@@ -58,14 +62,19 @@ class Block(nn.Module):
         kv = torch.stack([k, qkv[2]])
         if cache is not None:
             kv = torch.cat([cache, kv], dim=3)
-        if past:
-            allowed = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
-            attended = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=allowed)
-        else:
-            attended = F.scaled_dot_product_attention(q, kv[0], kv[1], is_causal=True)
+        attended = attend(q, kv)
         x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(batch, length, width)))
         gate, up = self.up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.dropout(self.down(F.silu(gate) * up)), kv
+
+
+def attend(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the newest N rows `[B, h, N, e]` to keys and values of all rows, `[2, B, h, M + N, e]`."""
+    length, past = q.shape[2], kv.shape[3] - q.shape[2]
+    if not past:
+        return F.scaled_dot_product_attention(q, kv[0], kv[1], is_causal=True)
+    allowed = torch.ones(length, past + length, dtype=torch.bool, device=q.device).tril(past)
+    return F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=allowed)
 
 
 def rotate(x: torch.Tensor, start: int) -> torch.Tensor:

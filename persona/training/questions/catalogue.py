@@ -120,6 +120,10 @@ class Catalogue:
         offered.insert(int(rng.integers(spec.choices)), answer)
         return tuple(offered)
 
+    def frequencies(self, name: str, options: Iterable[str]) -> dict[str, float]:
+        """How often each of `options` is right among training users, for a question with `choices`."""
+        return {option: float(self._right[name][option]) for option in options}
+
     def negatives(
         self, source: str, item_id: str, seen: Set[tuple[str, str]], count: int, rng: np.random.Generator
     ) -> list[str]:

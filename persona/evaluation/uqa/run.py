@@ -1,0 +1,66 @@
+"""`run_uqa`: all runs that are asked for, stage by stage, and a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from persona.evaluation.report import label
+from persona.evaluation.uqa.stages import UQA, Run
+from persona.evaluation.uqa.tasks import DIMENSIONS
+from persona.training.recipe import Domain
+
+
+def run_uqa(
+    domain: Domain,
+    llm: str | Path,
+    out: str | Path,
+    *,
+    backbones: Sequence[str],
+    heads: Sequence[str],
+    seeds: Sequence[int],
+    until: str = "all",
+    pretrain_steps: int | None = None,
+    steps: int | None = None,
+    baselines: bool = True,
+    say: Callable[[str], None] = print,
+) -> list[dict]:
+    """Every backbone with every head and seed, up to the stage `until`; returns the results and says the table.
+
+    The learned prompt, which the baselines need, has the shape of the first run. Finished stages are not run again.
+    """
+    bench = UQA(domain, llm, out, say)
+    runs = [Run(backbone, head, seed) for backbone in backbones for head in heads for seed in seeds]
+    for run in runs:
+        bench.recipe(run)  # before anything long: names that do not exist
+    for run in runs:
+        bench.pretrain(run, pretrain_steps)
+    if until == "pretrain":
+        return []
+    control = Run(backbones[0], "resampler", seeds[0])
+    for run in runs:
+        bench.align(run, steps)
+    if baselines:
+        bench.align_control(control, steps)
+    if until == "align":
+        return []
+    results = [bench.evaluate_baselines(control)] if baselines else []
+    results += [bench.evaluate(run) for run in runs]
+    say("\n" + table(results))
+    return results
+
+
+def table(results: Sequence[dict]) -> str:
+    """A Markdown table: one line for each row of each result, with the dimensions, the mean and the prompt's tokens."""
+    columns = [*DIMENSIONS, "mean"]
+    lines = ["| | " + " | ".join(columns) + " | prompt tokens |", "|---" * (len(columns) + 2) + "|"]
+    for result in results:
+        for name, row in result["results"].items():
+            title = label(name) if result["kind"] == "uqa-baselines" else f"{result['name']}: {label(name)}"
+            cells = [_cell(row.get(column)) for column in columns]
+            lines.append(f"| {title} | {' | '.join(cells)} | {row.get('tokens', {}).get('prompt', '')} |")
+    return "\n".join(lines)
+
+
+def _cell(value: dict | None) -> str:
+    return f"{value['acc']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if value else ""

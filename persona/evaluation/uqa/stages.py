@@ -1,0 +1,152 @@
+"""The three stages of UQA: pre-train, align, evaluate; for every backbone, head and seed that is asked for.
+
+Each stage writes into the run's folder and is skipped when its result lies there, so a run that was stopped goes on:
+
+    pretrain/BACKBONE-sSEED/        an encoder that foretells the next item
+    align/BACKBONE-HEAD-sSEED/      an adapter: head and projector trained on the frozen encoder and LLM
+    align/learned-prompt-sSEED/     the control, trained on empty histories
+    results/NAME.json               tables; results/baselines.json holds the rows without user tokens
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import set_seed
+
+from persona.encoders import TextEncoder, UserEncoder, Vocabulary
+from persona.encoders.backbones import BACKBONES
+from persona.encoders.backbones.matching import matched_inner, parameter_count
+from persona.encoders.heads import HEADS
+from persona.errors import PersonaError, RecipeError
+from persona.evaluation.uqa.table import baselines_table, soft_table
+from persona.evaluation.uqa.tasks import SUB_TASKS
+from persona.injection import PersonalizedLM
+from persona.training.pretrain import pretrain
+from persona.training.ranking import leave_one_out
+from persona.training.recipe import Domain, Recipe, check_unseen, write_trained_on
+from persona.training.trainer import train_adapter
+
+STAGES = ("pretrain", "align", "evaluate")
+CONTROL = "learned-prompt"
+BASELINES = "baselines"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One encoder, one head, one seed."""
+
+    backbone: str
+    """A key of `BACKBONES`."""
+    head: str
+    """One of `HEADS`."""
+    seed: int
+    """Of pre-training and alignment; questions and intervals always have seed 0, so that runs can be compared."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its result."""
+        return f"{self.backbone}-{self.head}-s{self.seed}"
+
+
+class UQA:
+    """The stages on one domain and one LLM, in one folder.
+
+    Raises `RecipeError` for a recipe without UQA's sub-tasks, and `DataError` for an LLM that has seen test users.
+    """
+
+    def __init__(self, domain: Domain, llm: str | Path, out: str | Path, say: Callable[[str], None] = print):
+        known = [task.name for task in SUB_TASKS]
+        strange = [name for name in domain.recipe.questions if name not in known]
+        if strange:
+            raise RecipeError(f"questions.{strange[0]} is not a sub-task of UQA; they are {', '.join(known)}")
+        check_unseen(domain, domain.test, llm)
+        self.domain, self.llm, self.out, self.say = domain, llm, Path(out), say
+        self._text_encoder: TextEncoder | None = None
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """One for all runs, so that each text is encoded once."""
+        if self._text_encoder is None:
+            self._text_encoder = TextEncoder(self.domain.recipe.encoder.text_encoder)
+        return self._text_encoder
+
+    def recipe(self, run: Run) -> Recipe:
+        """The recipe with a run's backbone, head and seed; all backbones have SASRec's number of parameters."""
+        recipe = self.domain.recipe
+        if run.backbone not in BACKBONES or run.head not in HEADS:
+            raise RecipeError(f"{run.name}: backbones are {', '.join(BACKBONES)}, heads are {', '.join(HEADS)}")
+        encoder = recipe.encoder
+        shape = encoder.width, encoder.heads, encoder.layers, 1 + encoder.max_events
+        target = parameter_count("sasrec", *shape, encoder.inner)
+        return replace(
+            recipe,
+            encoder=replace(
+                encoder, backbone=run.backbone, head=run.head, inner=matched_inner(run.backbone, *shape, target)
+            ),
+            pretraining=replace(recipe.pretraining, seed=run.seed),
+            training=replace(recipe.training, seed=run.seed, frozen_encoder=True),
+        )
+
+    def pretrain(self, run: Run, steps: int | None = None) -> Path:
+        """The pre-trained encoder's folder. Learns from training users, chooses its step by validation users."""
+        folder = self.out / "pretrain" / f"{run.backbone}-s{run.seed}"
+        if not (folder / "pretraining.json").exists():
+            self.say(f"pre-training {folder.name}")
+            domain, recipe = self.domain, self.recipe(run)
+            histories = [domain.histories[user] for user in domain.train]
+            held = leave_one_out([domain.histories[user] for user in domain.validation])
+            set_seed(run.seed)
+            vocabulary = Vocabulary.fit(histories, recipe.sources)
+            encoder = UserEncoder(recipe.encoder, vocabulary, self.text_encoder)
+            pretrain(encoder, histories, held, recipe.pretraining, folder, steps=steps)
+            write_trained_on(domain, folder)
+        return folder
+
+    def align(self, run: Run, steps: int | None = None) -> Path:
+        """The adapter's folder."""
+        return self._align(run.name, run, steps, pretrained=self.pretrain(run))
+
+    def align_control(self, run: Run, steps: int | None = None) -> Path:
+        """The folder of the learned prompt: the same head and the same questions, but no user."""
+        return self._align(f"{CONTROL}-s{run.seed}", run, steps, pretrained=self.pretrain(run), without_history=True)
+
+    def _align(self, name: str, run: Run, steps: int | None, **options) -> Path:
+        folder = self.out / "align" / name
+        if not (folder / "training.json").exists():
+            self.say(f"aligning {name}")
+            domain = copy.copy(self.domain)
+            domain.recipe = self.recipe(run)
+            train_adapter(domain, self.llm, folder, steps=steps, resume=True, text_encoder=self.text_encoder, **options)
+        return folder
+
+    def evaluate(self, run: Run) -> dict:
+        """The table of a run's adapter, which must be there."""
+        return self._result(run.name, lambda: soft_table(self.domain, self._model(run.name), run, self.say))
+
+    def evaluate_baselines(self, control: Run) -> dict:
+        """The rows without user tokens: the LLM alone, text, the learned prompt, and floors without an LLM."""
+        name = f"{CONTROL}-s{control.seed}"
+        return self._result(BASELINES, lambda: baselines_table(self.domain, self._model(name), self.say))
+
+    def _model(self, name: str) -> PersonalizedLM:
+        folder = self.out / "align" / name
+        if not (folder / "training.json").exists():
+            raise PersonaError(f"{folder} holds no finished adapter; run the stage align first")
+        check_unseen(self.domain, self.domain.test, folder)
+        return PersonalizedLM.from_pretrained(folder, str(self.llm), text_encoder=self.text_encoder)
+
+    def _result(self, name: str, make: Callable[[], dict]) -> dict:
+        file = self.out / "results" / f"{name}.json"
+        if not file.exists():
+            self.say(f"evaluating {name}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(".part")
+            unfinished.write_text(json.dumps({"name": name, **make()}, indent=1) + "\n", encoding="utf-8")
+            shutil.move(unfinished, file)
+        return json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,182 @@
+"""The tables of UQA: accuracy per sub-task, dimension and overall, of user tokens and of all that they compete with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from persona.evaluation.floors import Floors
+from persona.evaluation.intervals import interval
+from persona.evaluation.likelihood import Request, option_scores
+from persona.evaluation.methods import Methods, Sample, draw_sample, tokens_of
+from persona.evaluation.runner import floor_values, provenance, user_accuracy
+from persona.evaluation.uqa.tasks import DIMENSIONS
+from persona.history import History
+from persona.history.render import render_history
+from persona.injection import PersonalizedLM
+from persona.training.recipe import Domain
+
+SEED = 0
+"""Of questions, controls and intervals: the same in every table, so that tables can be compared row by row."""
+LENGTHS = (5, 10, 25)
+"""Newest events that the encoder may read, beside the whole window."""
+TEXT_TOKENS = (128, 256)
+"""Budgets of the text baselines, beside the whole window."""
+VERSION = 1
+"""Of every sub-task; raised when its questions change."""
+
+
+def soft_table(domain: Domain, model: PersonalizedLM, run, say: Callable[[str], None]) -> dict:
+    """User tokens by number of tokens and by length of the history, beside another user's tokens."""
+    table = Table(domain, model, say)
+    methods, most = table.methods, model.encoder.config.tokens
+    for count in methods.counts:
+        table.ask(f"soft_k{count}", methods.soft(model, methods.states, count))
+    table.ask("shuffled_user", methods.soft(model, [methods.states[i] for i in table.sample.stranger], most))
+    ours = f"soft_k{most}"
+    lengths = {str(domain.recipe.window): table.summary(table.values[ours])}
+    for length in LENGTHS:
+        states = model.encoder.encode([cut.history.last(length) for cut in table.sample.cuts])
+        lengths[str(length)] = table.summary(table.score(methods.soft(model, states, most)))
+    result = table.result("uqa", encoder_config=asdict(model.encoder.config), run=asdict(run))
+    paired = table.summary(table.values[ours] - table.values["shuffled_user"])
+    lengths = dict(sorted(lengths.items(), key=lambda pair: int(pair[0])))
+    return {**result, "paired": {f"{ours} - shuffled_user": paired}, "lengths": lengths}
+
+
+def baselines_table(domain: Domain, control: PersonalizedLM, say: Callable[[str], None]) -> dict:
+    """The LLM alone, the learned prompt (`control`), the history as text, and floors without an LLM."""
+    table = Table(domain, control, say)
+    table.values |= floor_values(domain, table.sample, table.tasks, Floors(domain))
+    methods, most = table.methods, control.encoder.config.tokens
+    table.ask("no_history", methods.plain())
+    nobody = control.encoder.encode([History("nobody")])[0]
+    table.ask("learned_prompt", methods.soft(control, [nobody] * len(table.sample.cuts), most))
+    for budget in TEXT_TOKENS:
+        table.ask(f"text_{budget}", methods.text(methods.budget_texts(budget)))
+    table.ask(f"retrieved_{TEXT_TOKENS[0]}", list(retrieved(domain, table.sample, control, TEXT_TOKENS[0])))
+    table.ask("text_full", methods.text(methods.texts))
+    return table.result("uqa-baselines")
+
+
+def retrieved(domain: Domain, sample: Sample, model: PersonalizedLM, budget: int) -> Iterator[Request]:
+    """For each question the events that share most words with it (BM25), in time order, up to `budget` tokens."""
+    import bm25s
+
+    sources, tokenizer = domain.recipe.sources, model.template.tokenizer
+    lines = [render_history(cut.history, sources).split("\n") for cut in sample.cuts]
+    sizes = [[len(tokenizer.encode(f"{line}\n", add_special_tokens=False)) for line in own] for own in lines]
+    index: dict[int, bm25s.BM25] = {}
+    for asked in sample.asked:
+        own = lines[asked.cut]
+        if asked.cut not in index:
+            index[asked.cut] = bm25s.BM25()
+            index[asked.cut].index(bm25s.tokenize(own, show_progress=False), show_progress=False)
+        words = bm25s.tokenize([asked.question.prompt], show_progress=False, return_ids=False)[0]
+        scores = index[asked.cut].get_scores(words) if words else np.zeros(len(own))
+        chosen, left = [], budget
+        for i in sorted(range(len(own)), key=lambda i: (-scores[i], -i)):  # the newest of equals first
+            if sizes[asked.cut][i] <= left:
+                chosen.append(i)
+                left -= sizes[asked.cut][i]
+        text = "\n".join(own[i] for i in sorted(chosen))
+        yield Request(f"{text}\n{asked.question.prompt}", asked.question.options)
+
+
+class Table:
+    """Rows of one result file: asks a model all questions of the test users and keeps the accuracy of each user."""
+
+    def __init__(self, domain: Domain, model: PersonalizedLM, say: Callable[[str], None]):
+        self.domain, self.model, self.say, self.start = domain, model, say, time.perf_counter()
+        self.sample = draw_sample(domain, domain.test, SEED)
+        self.tasks = list(domain.recipe.questions)
+        self.methods = Methods(domain, model, None, self.sample)
+        self.values: dict[str, np.ndarray] = {}
+        self.tokens: dict[str, float] = {}
+        self._plain = tokens_of(model, self.methods.plain())
+
+    def score(self, requests: Sequence[Request]) -> np.ndarray:
+        """Accuracy `[users, tasks]`, NaN where a user was not asked."""
+        scores = option_scores(self.model, requests)
+        return user_accuracy(self.sample, [dict(zip(r.options, s)) for r, s in zip(requests, scores)], self.tasks)
+
+    def ask(self, name: str, requests: Sequence[Request]) -> None:
+        """Adds a row."""
+        self.values[name], self.tokens[name] = self.score(requests), tokens_of(self.model, requests)
+        mean = self.summary(self.values[name])["mean"]["acc"]
+        self.say(f"{name:>18}  mean {mean:.3f}  tokens {self.tokens[name]:.0f}")
+
+    def summary(self, values: np.ndarray) -> dict:
+        """Mean and interval of each sub-task, of each dimension and of all, over users; what is incomplete is left out.
+
+        A dimension is the mean of its sub-tasks, and `mean` that of all sub-tasks.
+        """
+        answered = [i for i in range(len(self.tasks)) if not np.isnan(values[:, i]).all()]
+        groups = {self.tasks[i]: [i] for i in answered}
+        for name, members in [*DIMENSIONS.items(), ("mean", self.tasks)]:
+            index = [self.tasks.index(task) for task in members if task in self.tasks]
+            if index and set(index) <= set(answered):
+                groups[name] = index
+
+        def statistic(part: np.ndarray) -> np.ndarray:
+            means = np.full(part.shape[1], np.nan)
+            means[answered] = np.nanmean(part[:, answered], axis=0)
+            return np.array([means[index].mean() for index in groups.values()])
+
+        mean, (low, high) = statistic(values), interval(values, statistic, seed=SEED)
+        return {
+            name: {"acc": round(float(a), 4), "low": round(float(b), 4), "high": round(float(c), 4)}
+            for name, a, b, c in zip(groups, mean, low, high)
+        }
+
+    def result(self, kind: str, **config) -> dict:
+        """All rows, with lm-evaluation-harness's keys around them."""
+        recipe, encoder = self.domain.recipe, self.model.encoder
+        answers = dict.fromkeys(self.tasks, 0)
+        for task in {
+            (a.cut, a.question.task, a.question.prompt if a.question.item_id is None else a.question.group)
+            for a in self.sample.asked
+        }:
+            answers[task[1]] += 1
+        source = provenance(self.domain, SEED)
+        return {
+            "kind": kind,
+            "results": {
+                name: self.summary(values)
+                | (
+                    {
+                        "tokens": {
+                            "prompt": round(self.tokens[name], 1),
+                            "user": round(self.tokens[name] - self._plain, 1),
+                        }
+                    }
+                    if name in self.tokens
+                    else {}
+                )
+                for name, values in self.values.items()
+            },
+            "configs": {task: asdict(spec) for task, spec in recipe.questions.items()},
+            "n-samples": {task: {"original": n, "effective": n} for task, n in answers.items()},
+            "n": {"users": len(self.sample.users), "cuts": len(self.sample.cuts), "answers": answers},
+            "higher_is_better": {task: {"acc": True} for task in self.tasks},
+            "config": {
+                "domain": recipe.name,
+                "window": recipe.window,
+                "letters": recipe.letters,
+                "backbone": encoder.config.backbone,
+                "head": encoder.config.head,
+                "tokens": encoder.config.tokens,
+                "backbone_parameters": sum(p.numel() for p in encoder.backbone.parameters()),
+                "encoder_parameters": sum(p.numel() for p in encoder.parameters()),
+                "llm_parameters": sum(p.numel() for p in self.model.llm.parameters()),
+                "interval": "percentile bootstrap over users, 95%, 2000 resamples",
+                **config,
+            },
+            "total_evaluation_time_seconds": round(time.perf_counter() - self.start, 1),
+            **source,
+            "versions_of_libraries": source["versions"],
+            "versions": dict.fromkeys(self.tasks, VERSION),
+        }

@@ -1,0 +1,114 @@
+"""Settings of splitting, pre-training, training an adapter, and building a reference LM, as a recipe holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import PositiveInt
+
+from persona.history.source import STRICT
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How users are divided. Always by user, never by row."""
+
+    __pydantic_config__ = STRICT
+
+    train: float = 0.8
+    """Share of users an adapter and a reference LM learn from."""
+    validation: float = 0.1
+    """Share used to choose settings; the rest are test users."""
+    seed: int = 0
+    """Seed of the shuffle."""
+    cuts: PositiveInt = 4
+    """Points in time at which each validation or test user is asked."""
+    min_events: PositiveInt = 10
+    """A cut leaves at least so many events before it in evaluation."""
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """How event encoders and backbone learn to foretell the next item, before any LLM is there."""
+
+    __pydantic_config__ = STRICT
+
+    steps: PositiveInt = 2000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 64
+    """Stretches of histories in a batch, each as long as the window."""
+    learning_rate: float = 1e-3
+    """Peak rate of AdamW, linear warm-up and cosine decay."""
+    warmup_steps: int = 100
+    """Steps of warm-up."""
+    weight_decay: float = 0.01
+    """AdamW weight decay."""
+    negatives: int = 0
+    """0: full softmax over the catalogue. Else so many items are drawn for each batch in proportion to their events,
+    and the softmax over them is corrected by their log probability (logQ), for catalogues too large for a full one."""
+    evaluations: PositiveInt = 10
+    """How often the validation ranking is measured; the best state of the encoder is kept."""
+    seed: int = 0
+    """Seed of everything random in pre-training."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How an adapter is trained."""
+
+    __pydantic_config__ = STRICT
+
+    steps: PositiveInt = 2000
+    """Optimizer steps."""
+    histories_per_step: PositiveInt = 16
+    """Histories in a batch; each is encoded once and asked all its questions."""
+    questions_per_history: PositiveInt = 6
+    """At most so many questions about one history, drawn at random."""
+    learning_rate: float = 1e-3
+    """Peak rate of AdamW, linear warm-up and cosine decay."""
+    warmup_steps: int = 100
+    """Steps of warm-up."""
+    weight_decay: float = 0.01
+    """AdamW weight decay."""
+    next_item_weight: float = 0.2
+    """Weight of the next-item loss on the backbone's states beside the answer loss; 0 turns it off."""
+    short_share: float = 0.25
+    """Share of training histories cut down to 1-15 events, so that young users work too."""
+    drop_events: float = 0.1
+    """Highest share of events dropped at random from a training history."""
+    frozen_encoder: bool = False
+    """Train only the head and the projector, on top of a pre-trained encoder that stays as it is."""
+    lora_rank: int = 0
+    """Rank of an optional peft LoRA on the LLM's attention; 0 leaves the LLM as it is."""
+    seed: int = 0
+    """Seed of everything random in training."""
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Size and training of the reference LM that stands in for a hub model."""
+
+    __pydantic_config__ = STRICT
+
+    vocab_size: PositiveInt = 3072
+    """Byte-level BPE tokens."""
+    hidden_size: PositiveInt = 192
+    """Width; heads are `head_dim` wide."""
+    layers: PositiveInt = 4
+    """Decoder layers."""
+    head_dim: PositiveInt = 32
+    """32 or 64: the vLLM CPU engine takes no less."""
+    context: PositiveInt = 1024
+    """Tokens of a training row: one history, then as many questions as fit."""
+    rows_per_step: PositiveInt = 3
+    """Rows in a batch."""
+    steps: PositiveInt = 1600
+    """Optimizer steps."""
+    learning_rate: float = 2e-3
+    """Peak rate of AdamW; flat to 30% of the steps, then linear to zero."""
+    history_weight: float = 0.2
+    """Weight of the next-token loss on a history's own text beside the answer loss."""
+    plain_share: float = 0.1
+    """Share of rows without a history."""
+    seed: int = 0
+    """Seed of everything random in building the LM."""
