@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -118,10 +119,7 @@ def bench_table(
     if training.exists():
         result["training"] = json.loads(training.read_text())
     typer.echo(f"\n{markdown_table(result)}\n\n{paired_table(result)}")
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        _say(f"wrote {out}")
+    _write(out, result)
 
 
 @bench.command("uqa")
@@ -133,6 +131,10 @@ def bench_uqa(
     backbone: Annotated[list[str] | None, typer.Option(help="Backbone to run; repeat for several.")] = None,
     head: Annotated[list[str] | None, typer.Option(help="resampler, linear or mlp; repeat for several.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seed of training; repeat for several.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the recipe to change, like encoder.width=128.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Marks the runs of a changed recipe; part of their names.")] = "",
     stage: Annotated[str, typer.Option(help="all, or the last stage to run: pretrain, align, evaluate.")] = "all",
     pretrain_steps: Annotated[int | None, typer.Option(help="Steps of pre-training, not the recipe's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of alignment, not the recipe's.")] = None,
@@ -145,19 +147,47 @@ def bench_uqa(
     quiet()
     if stage not in ("all", "pretrain", "align", "evaluate"):
         raise PersonaError(f"--stage is all, pretrain, align or evaluate, not {stage}")
+    if change and not name:
+        raise PersonaError("runs of a changed recipe need a --name of their own, or they would mix with the others")
     run_uqa(
-        _domain(recipe, data, strict),
+        _domain(recipe, data, strict, change or ()),
         llm,
         out,
         backbones=backbone or ["sasrec"],
         heads=head or ["resampler"],
         seeds=seed or [0],
+        name=name,
         until=stage,
         pretrain_steps=pretrain_steps,
         steps=steps,
         baselines=baselines,
         say=_say,
     )
+
+
+@bench.command("official")
+def bench_official(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter that was trained on the official histories.")],
+    file: Annotated[Path, typer.Option(help="An official align file, such as align_data_eval.arrow.")],
+    llm: Annotated[str | None, typer.Option(help="LLM, instead of the one the adapter names.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the controls and intervals.")] = 0,
+) -> None:
+    """Asks the official questions of UQABench, scored as officially: one greedy token, accuracy x 100."""
+    from persona.evaluation.runner import git_hash
+    from persona.evaluation.uqa.official import OfficialFile
+    from persona.evaluation.uqa.official_run import evaluate_official
+    from persona.injection import PersonalizedLM
+
+    quiet()
+    questions = OfficialFile(file)
+    model = PersonalizedLM.from_pretrained(adapter, llm)
+    results = evaluate_official(model, questions, limit=limit, seed=seed, progress=_say)
+    for name, result in results.items():
+        _say(f"{name:>14}  {result['overall']['accuracy']:.2f}")
+    command = "persona " + " ".join(sys.argv[1:])
+    _write(out, {"results": results, "seed": seed, "command": command, "git_hash": git_hash()})
 
 
 @bench.command("readme")
@@ -257,12 +287,19 @@ def serve(
     serve_vllm(config, [*listen, *context.args], say=_say)
 
 
-def _domain(recipe: Path, data: Path, strict: bool):
+def _domain(recipe: Path, data: Path, strict: bool, changes: Sequence[str] = ()):
     from persona.training.recipe import Domain, load_recipe
 
-    domain = Domain(load_recipe(recipe), data, strict=strict)
+    domain = Domain(load_recipe(recipe, changes), data, strict=strict)
     _say(str(domain.report))
     return domain
+
+
+def _write(out: Path | None, result: dict) -> None:
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        _say(f"wrote {out}")
 
 
 def quiet() -> None:

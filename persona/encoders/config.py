@@ -33,7 +33,8 @@ class EncoderConfig:
     item_targets: Literal["text", "id"] = "text"
     """What the next-item objective foretells: an item by its text, or by its id (and its text, if that is read)."""
     mentions: bool = False
-    """Whether an item that an instruction names by its whole text is looked up, so that its id is known too."""
+    """Whether an item that an instruction names by its whole text is looked up, so that the resampler knows its id and
+    how it matches the newest state."""
     head: str = "resampler"
     """How tokens are made from states: resampler, which reads the instruction; linear or mlp of the states' mean."""
     resampler_layers: int = 2

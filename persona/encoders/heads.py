@@ -24,7 +24,7 @@ class MeanHead(nn.Module):
 
     def forward(self, states, mask, instruction, instruction_mask, topic) -> torch.Tensor:
         """`[B, N, d]`, `[B, N]` -> `[B, K, d]`."""
-        return self.read(*self.ask(instruction, instruction_mask, topic), self.memory(states, mask), mask)
+        return self.read(*self.ask(instruction, instruction_mask, topic), self.memory(states, mask), mask, topic)
 
     def memory(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The states themselves, `[1, 1, B, 1, N, d]`."""
@@ -34,7 +34,7 @@ class MeanHead(nn.Module):
         """Nothing of the instruction: zeros `[B, 1, d]`, and their mask `[B, 1]`."""
         return torch.zeros_like(topic[:, None]), torch.ones_like(instruction_mask[:, :1])
 
-    def read(self, latents, seen, memory: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def read(self, latents, seen, memory: torch.Tensor, mask: torch.Tensor | None, match) -> torch.Tensor:
         """The mean over the states where `mask` `[B, N]` is True, as `[B, K, d]`."""
         states = memory[0, 0, :, 0]
         weights = torch.ones_like(states[..., :1]) if mask is None else mask[..., None].to(states)
@@ -47,7 +47,8 @@ def build_head(config: EncoderConfig, text_dim: int) -> nn.Module:
     if config.head not in HEADS:
         raise RecipeError(f"encoder.head is {config.head!r}; there are {list(HEADS)}")
     if config.head == "resampler":
-        return Resampler(text_dim, config.width, config.heads, config.resampler_layers, config.tokens, config.dropout)
+        shape = config.width, config.heads, config.resampler_layers, config.tokens, config.dropout
+        return Resampler(text_dim, *shape, match=config.mentions)
     return MeanHead(config.width, config.tokens)
 
 

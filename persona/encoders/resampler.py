@@ -18,13 +18,17 @@ AGES = 16
 class Resampler(nn.Module):
     """From states `[B, N, d]` and an instruction `[B, T, text_dim]` to user tokens `[B, K, d]`."""
 
-    def __init__(self, text_dim: int, width: int, heads: int, layers: int, tokens: int, dropout: float):
+    def __init__(
+        self, text_dim: int, width: int, heads: int, layers: int, tokens: int, dropout: float, match: bool = False
+    ):
+        """With `match` the queries also see how the newest state meets what the instruction names; see `read`."""
         super().__init__()
         self.queries = nn.Parameter(torch.randn(tokens, width) * 0.3)
         self.instruction = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
         self.age = nn.Embedding(AGES, width)
         self.layers = nn.ModuleList(ResamplerLayer(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
+        self.match = nn.Linear(width, width) if match else None
 
     def forward(
         self,
@@ -40,7 +44,8 @@ class Resampler(nn.Module):
         so that an item that the instruction names is found in the history.
         """
         latents, seen = self.ask(instruction, instruction_mask, topic)
-        return self.read(latents, seen, self.memory(states, mask), mask)
+        newest = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+        return self.read(latents, seen, self.memory(states, mask), mask, newest * topic)
 
     def memory(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The users' side: keys and values `[layers, 2, B, heads, N, d / heads]`, the same for every instruction."""
@@ -58,10 +63,21 @@ class Resampler(nn.Module):
         return self.layers[0].mix(latents, seen), seen
 
     def read(
-        self, latents: torch.Tensor, seen: torch.Tensor | None, memory: torch.Tensor, mask: torch.Tensor | None
+        self,
+        latents: torch.Tensor,
+        seen: torch.Tensor | None,
+        memory: torch.Tensor,
+        mask: torch.Tensor | None,
+        match: torch.Tensor,
     ) -> torch.Tensor:
-        """What `ask` made reads what `memory` made: user tokens `[B, K, d]`. A mask of None hides nothing."""
+        """What `ask` made reads what `memory` made: user tokens `[B, K, d]`. A mask of None hides nothing.
+
+        `match` `[B, d]` is the newest state times the topic, element by element: where the instruction names an item,
+        its sum is that item's next-item score, which attention, whose weights sum to 1, could hardly find out.
+        """
         count = len(self.queries)
+        if self.match is not None:
+            latents = torch.cat([latents[:, :count] + self.match(match)[:, None], latents[:, count:]], dim=1)
         for number, layer in enumerate(self.layers):
             if number:
                 latents = layer.mix(latents, seen)

@@ -72,11 +72,13 @@ class InstructionState:
 
     latents: torch.Tensor
     """`[K + T, d]`: the K queries, then the T states of the instruction."""
+    topic: torch.Tensor
+    """`[d]`: the instruction in the space of the events."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return self.latents.nbytes
+        """Bytes of the tensors."""
+        return self.latents.nbytes + self.topic.nbytes
 
 
 class UserEncoder(HubMixin, nn.Module):
@@ -225,8 +227,9 @@ class UserEncoder(HubMixin, nn.Module):
     @torch.inference_mode()
     def instruct(self, instructions: Sequence[str]) -> list[InstructionState]:
         """States of instructions, which `tokens` takes in place of their texts."""
-        latents, seen = self.head.ask(*self._words(instructions))
-        return [InstructionState(own[mask].clone()) for own, mask in zip(latents, seen)]
+        words, known, topics = self._words(instructions)
+        latents, seen = self.head.ask(words, known, topics)
+        return [InstructionState(own[mask].clone(), t.clone()) for own, mask, t in zip(latents, seen, topics)]
 
     @torch.inference_mode()
     def tokens(
@@ -244,7 +247,8 @@ class UserEncoder(HubMixin, nn.Module):
         latents, seen = _padded([a.latents for a in asked])
         # [N, layers, 2, heads, d / heads] each, padded along N, and back
         memory, mask = _padded([s.memory.movedim(3, 0) for s in states])
-        tokens = self.head.read(latents, seen, memory.permute(2, 3, 0, 4, 1, 5), mask)[:, :count]
+        match = torch.stack([s.states[-1] for s in states]) * torch.stack([a.topic for a in asked])
+        tokens = self.head.read(latents, seen, memory.permute(2, 3, 0, 4, 1, 5), mask, match)[:, :count]
         return [UserTokens(t.clone(), s.truncated) for t, s in zip(tokens, states)]
 
 

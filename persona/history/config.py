@@ -21,8 +21,8 @@ from persona.errors import RecipeError
 T = TypeVar("T")
 
 
-def load_config(cls: type[T], path: str | Path) -> T:
-    """Reads a YAML file into the config dataclass `cls`.
+def load_config(cls: type[T], path: str | Path, changes: Sequence[str] = ()) -> T:
+    """Reads a YAML file into the config dataclass `cls`. `changes` such as "encoder.width=128" override fields.
 
     Raises `RecipeError` if the file is missing, empty, not YAML or not a mapping, and for every field that
     `cls` would not take.
@@ -45,6 +45,8 @@ def load_config(cls: type[T], path: str | Path) -> T:
         raise RecipeError(f"{path}: is not valid YAML: {error}") from None
     if data is None:
         raise RecipeError(f"{path}: is empty; expected the fields of {cls.__name__}: {_names(cls)}")
+    for change in changes:
+        _change(data, change)
     return parse_config(cls, data, str(path))
 
 
@@ -60,6 +62,22 @@ def parse_config(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     except ValidationError as error:
         problems = _problems(cls, error)
     raise RecipeError("\n".join(f"{where}: {problem}" for problem in problems))
+
+
+def _change(data: Any, change: str) -> None:
+    """Sets the field that "a.b.c=value" names; the value is YAML."""
+    name, equals, text = change.partition("=")
+    *way, last = name.strip().split(".")
+    if not equals or not last:
+        raise RecipeError(f"{change!r} is no change of a field; write it like encoder.width=128")
+    try:
+        for key in way:
+            data = data.setdefault(key, {})
+        data[last] = yaml.load(text, Loader=_Loader)
+    except (AttributeError, TypeError):
+        raise RecipeError(f"{change!r}: {key if way else name} is not a mapping of fields") from None
+    except yaml.YAMLError:
+        raise RecipeError(f"{change!r}: {text!r} is not a value in YAML") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -77,9 +78,9 @@ class Recipe:
                     raise ValueError(f"{kind} name the source {name!r}, but `sources` has only {sorted(self.sources)}")
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Reads and checks a recipe; `RecipeError` names the file and the field."""
-    return load_config(Recipe, path)
+def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe; `RecipeError` names the file and the field. `changes` as in `load_config`."""
+    return load_config(Recipe, path, changes)
 
 
 class Domain:

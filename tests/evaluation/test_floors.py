@@ -7,8 +7,8 @@ import pytest
 
 from persona.evaluation.floors import Floors, ItemBias, ItemCosine
 from persona.history import Event, History, ReaderSpec, SourceSpec
-from persona.training.questions import Cut, Question, QuestionSpec
 from persona.training.configs import SplitConfig
+from persona.training.questions import Cut, Question, QuestionSpec
 from persona.training.recipe import Domain, Recipe
 
 

@@ -1,11 +1,14 @@
 """Questions made by rule: cuts that never leak, fair negatives, no answer where there is a tie."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from persona.errors import RecipeError
 from persona.history import Event, History
 from persona.training.questions import Catalogue, QuestionSpec, build_questions, evaluation_cuts, make_cut
+from persona.training.questions.answers import true_answers
 
 GENRE = QuestionSpec("top_attribute", "film", "Genre?", attribute="genre", min_value=4)
 RECENT = QuestionSpec("top_attribute", "film", "Lately?", attribute="genre", last=2)
@@ -140,5 +143,120 @@ def test_training_draws_from_the_horizon(catalogue):
     [({"kind": "top_attribute", "prompt": "x"}, "attribute"), ({"kind": "next_item", "prompt": "x"}, "item")],
 )
 def test_a_spec_checks_itself(bad, message):
+    with pytest.raises(ValueError, match=message):
+        QuestionSpec(source="film", **bad)
+
+
+NTH = QuestionSpec("nth_attribute", "film", "Genre of {n}?", attribute="genre", last=3, per_cut=3)
+COUNT = QuestionSpec("count_attribute", "film", "How many {value}?", attribute="genre", last=4, per_cut=2, choices=2)
+TOP2 = QuestionSpec("top_attribute", "film", "Two?", attribute="genre", top=2, choices=2)
+PATH = QuestionSpec("trajectory", "film", "From where to where?", attribute="genre", parts=2, choices=2)
+COMING = QuestionSpec("next_attribute", "film", "Genre next?", attribute="genre", per_cut=2)
+GENRES = ("war", "noir", "war", "war", "opera", "opera", "opera", "war")
+
+
+@pytest.fixture(scope="module")
+def history():
+    return History("u", tuple(film(n, n, genre, value=3 + n % 3) for n, genre in enumerate(GENRES)))
+
+
+def true(spec, history, at, seed=0, training=False):
+    cut = make_cut(history, at, window=50)
+    return list(true_answers(spec, cut, np.random.default_rng(seed), training=training))
+
+
+def test_the_nth_newest(history):
+    found = {t.fields["{n}"]: t.answer for t in true(NTH, history, 6)}
+    assert found == {"1": "opera", "2": "opera", "3": "war"}
+    assert len(true(NTH, history, 1)) == 1 and len(true(replace(NTH, per_cut=1), history, 6)) == 1
+
+
+def test_how_many_of_the_last(history):
+    found = {t.fields["{value}"]: t.answer for t in true(COUNT, history, 6)}
+    assert found == {"war": "2", "opera": "2"}
+    drawn = [true(replace(COUNT, per_cut=1), history, 5, seed)[0] for seed in range(200)]
+    assert {(t.fields["{value}"], t.answer) for t in drawn} == {("noir", "1"), ("war", "2"), ("opera", "1")}
+    assert 70 < sum(t.answer == "2" for t in drawn) < 130  # as often as there are such events
+
+
+def test_several_commonest_values_come_in_alphabetical_order_and_a_tie_gives_none(history):
+    assert [t.answer for t in true(TOP2, history, 7)] == ["opera, war"]
+    assert true(TOP2, history, 3) != [] and true(replace(TOP2, top=1), history, 6) != []
+    assert true(TOP2, history, 1) == []  # one value alone
+    assert true(replace(TOP2, top=1), history, 2) == []  # war and noir once each
+
+
+def test_the_way_from_part_to_part(history):
+    assert [t.answer for t in true(PATH, history, 7)] == ["war -> opera"]
+    assert true(replace(PATH, parts=3), history, 5) == [] and true(PATH, history, 1) == []
+
+
+def test_the_next_attribute_is_of_what_comes_after_the_cut(history):
+    assert [t.answer for t in true(COMING, history, 3)] == ["war", "opera"]
+    drawn = {true(replace(COMING, horizon=5, per_cut=1), history, 3, seed, True)[0].answer for seed in range(20)}
+    assert drawn == {"war", "opera"}
+
+
+@pytest.fixture(scope="module")
+def answered():
+    """A catalogue for questions with choices: three in four users like war best, the others noir, and a few opera."""
+    users = []
+    for u in range(40):
+        genre = "opera" if u % 20 == 0 else "noir" if u % 4 == 0 else "war"
+        users.append(History(f"u{u}", tuple(film(n, 5 * u + n, genre) for n in range(4))))
+    spec = QuestionSpec("top_attribute", "film", "Genre?", attribute="genre", choices=2)
+    return Catalogue(users, {"genre": spec}, cuts=[make_cut(u, 3, 50) for u in users])
+
+
+def test_wrong_answers_are_offered_as_often_as_they_are_right(answered):
+    rng = np.random.default_rng(0)
+    offered = [answered.options("genre", "opera", rng) for _ in range(1000)]
+    assert all("opera" in o and len(set(o)) == 2 for o in offered)
+    assert 0.72 < sum("war" in o for o in offered) / 1000 < 0.86  # 30 of 38
+    assert 0.4 < sum(o[0] == "opera" for o in offered) / 1000 < 0.6
+    assert answered.options("genre", "comedy", rng) == ()
+    assert answered.frequencies("genre", ("opera", "comedy")) == {"opera": 2.0, "comedy": 0.0}
+
+
+def test_choices_need_as_many_answers():
+    users = [History("u", tuple(film(n, n) for n in range(4)))]
+    with pytest.raises(RecipeError, match=r"questions\.path: choices is 2, but .* only 1 different"):
+        Catalogue(users, {"path": PATH}, cuts=[make_cut(users[0], 3, 50)])
+
+
+def test_lettered_choices_stand_in_the_question(catalogue):
+    history = History("u", (film(1, 40), film(2, 3), film(3, 55), film(4, 56)))
+    specs = {"genre": replace(GENRE, min_value=None), "next": replace(NEXT, choice_prompt="Which film?")}
+    places = []
+    for seed in range(60):
+        cut = make_cut(history, 2, 50)
+        questions = build_questions(
+            cut, specs, catalogue, np.random.default_rng(seed), training=bool(seed % 2), letters=True
+        )
+        film_asked = max(questions, key=lambda q: q.task)
+        lines = film_asked.prompt.split("\n")
+        assert lines[0] == "Which film?" and film_asked.options == ("A", "B", "C")
+        options = dict(line.split(". ", 1) for line in lines[1:])
+        assert options[film_asked.answer] == "film 55 {x}" and len(set(options.values())) == 3
+        places.append(film_asked.answer)
+    assert all(places.count(letter) > 8 for letter in "ABC")
+    with pytest.raises(RecipeError, match=r"questions\.next: lettered choices need `choice_prompt`"):
+        build_questions(cut, {"next": NEXT}, catalogue, np.random.default_rng(0), training=False, letters=True)
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"kind": "trajectory", "prompt": "x", "attribute": "genre"}, "needs `choices`"),
+        ({"kind": "count_attribute", "prompt": "{value}", "attribute": "genre"}, "needs `choices`"),
+        ({"kind": "top_attribute", "prompt": "x", "attribute": "genre", "top": 3}, "needs `choices`"),
+        ({"kind": "nth_attribute", "prompt": "x", "attribute": "genre"}, "`{n}`"),
+        ({"kind": "count_attribute", "prompt": "x", "attribute": "genre", "choices": 3}, "`{value}`"),
+        ({"kind": "next_attribute", "prompt": "x"}, "`attribute`"),
+        ({"kind": "next_attribute", "prompt": "x", "attribute": "genre", "choices": 1}, "at least 2"),
+        ({"kind": "next_item", "prompt": "{item}", "choices": 4}, "not for next_item"),
+    ],
+)
+def test_a_spec_of_the_newer_kinds_checks_itself(bad, message):
     with pytest.raises(ValueError, match=message):
         QuestionSpec(source="film", **bad)

@@ -19,6 +19,7 @@ def run_uqa(
     backbones: Sequence[str],
     heads: Sequence[str],
     seeds: Sequence[int],
+    name: str = "",
     until: str = "all",
     pretrain_steps: int | None = None,
     steps: int | None = None,
@@ -27,17 +28,18 @@ def run_uqa(
 ) -> list[dict]:
     """Every backbone with every head and seed, up to the stage `until`; returns the results and says the table.
 
+    `name` marks runs whose recipe was changed.
     The learned prompt, which the baselines need, has the shape of the first run. Finished stages are not run again.
     """
     bench = UQA(domain, llm, out, say)
-    runs = [Run(backbone, head, seed) for backbone in backbones for head in heads for seed in seeds]
+    runs = [Run(backbone, head, seed, name) for backbone in backbones for head in heads for seed in seeds]
     for run in runs:
         bench.recipe(run)  # before anything long: names that do not exist
     for run in runs:
         bench.pretrain(run, pretrain_steps)
     if until == "pretrain":
         return []
-    control = Run(backbones[0], "resampler", seeds[0])
+    control = Run(backbones[0], "resampler", seeds[0], name)
     for run in runs:
         bench.align(run, steps)
     if baselines:

@@ -48,10 +48,18 @@ class Run:
     seed: int
     """Of pre-training and alignment; questions and intervals always have seed 0, so that runs can be compared."""
 
+    label: str = ""
+    """What else is different, for the names of folders and results."""
+
+    @property
+    def encoder(self) -> str:
+        """Name of the pre-trained encoder's folder, which runs with other heads share."""
+        return "-".join(filter(None, (self.backbone, self.label, f"s{self.seed}")))
+
     @property
     def name(self) -> str:
-        """Of its folder and its result."""
-        return f"{self.backbone}-{self.head}-s{self.seed}"
+        """Name of the adapter's folder and of the result."""
+        return "-".join(filter(None, (self.backbone, self.head, self.label, f"s{self.seed}")))
 
 
 class UQA:
@@ -90,12 +98,12 @@ class UQA:
                 encoder, backbone=run.backbone, head=run.head, inner=matched_inner(run.backbone, *shape, target)
             ),
             pretraining=replace(recipe.pretraining, seed=run.seed),
-            training=replace(recipe.training, seed=run.seed, frozen_encoder=True),
+            training=replace(recipe.training, seed=run.seed, frozen_encoder=run.head != "resampler"),
         )
 
     def pretrain(self, run: Run, steps: int | None = None) -> Path:
         """The pre-trained encoder's folder. Learns from training users, chooses its step by validation users."""
-        folder = self.out / "pretrain" / f"{run.backbone}-s{run.seed}"
+        folder = self.out / "pretrain" / run.encoder
         if not (folder / "pretraining.json").exists():
             self.say(f"pre-training {folder.name}")
             domain, recipe = self.domain, self.recipe(run)
@@ -126,8 +134,10 @@ class UQA:
         return folder
 
     def evaluate(self, run: Run) -> dict:
-        """The table of a run's adapter, which must be there."""
-        return self._result(run.name, lambda: soft_table(self.domain, self._model(run.name), run, self.say))
+        """The table of a run's adapter, which must be there; with differences to the baselines if they are there."""
+        file = self.out / "results" / f"{BASELINES}.json"
+        baselines = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return self._result(run.name, lambda: soft_table(self.domain, self._model(run.name), run, baselines, self.say))
 
     def evaluate_baselines(self, control: Run) -> dict:
         """The rows without user tokens: the LLM alone, text, the learned prompt, and floors without an LLM."""

@@ -25,12 +25,17 @@ LENGTHS = (5, 10, 25)
 """Newest events that the encoder may read, beside the whole window."""
 TEXT_TOKENS = (128, 256)
 """Budgets of the text baselines, beside the whole window."""
+COMPARED = ("learned_prompt", "no_history", "text_full")
+"""Baselines that user tokens are compared with user by user, beside another user's tokens."""
 VERSION = 1
 """Of every sub-task; raised when its questions change."""
 
 
-def soft_table(domain: Domain, model: PersonalizedLM, run, say: Callable[[str], None]) -> dict:
-    """User tokens by number of tokens and by length of the history, beside another user's tokens."""
+def soft_table(domain: Domain, model: PersonalizedLM, run, baselines: dict | None, say: Callable[[str], None]) -> dict:
+    """User tokens by number of tokens and by length of the history, beside another user's tokens.
+
+    `baselines` is the result of `baselines_table`, for differences user by user.
+    """
     table = Table(domain, model, say)
     methods, most = table.methods, model.encoder.config.tokens
     for count in methods.counts:
@@ -38,13 +43,16 @@ def soft_table(domain: Domain, model: PersonalizedLM, run, say: Callable[[str], 
     table.ask("shuffled_user", methods.soft(model, [methods.states[i] for i in table.sample.stranger], most))
     ours = f"soft_k{most}"
     lengths = {str(domain.recipe.window): table.summary(table.values[ours])}
-    for length in LENGTHS:
+    for length in (n for n in LENGTHS if n < domain.recipe.window):
         states = model.encoder.encode([cut.history.last(length) for cut in table.sample.cuts])
         lengths[str(length)] = table.summary(table.score(methods.soft(model, states, most)))
     result = table.result("uqa", encoder_config=asdict(model.encoder.config), run=asdict(run))
-    paired = table.summary(table.values[ours] - table.values["shuffled_user"])
+    others = {"shuffled_user": table.values["shuffled_user"]}
+    if baselines is not None:
+        others |= {name: np.array(baselines["per_user"][name], float) for name in COMPARED}
+    paired = {f"{ours} - {name}": table.summary(table.values[ours] - values) for name, values in others.items()}
     lengths = dict(sorted(lengths.items(), key=lambda pair: int(pair[0])))
-    return {**result, "paired": {f"{ours} - shuffled_user": paired}, "lengths": lengths}
+    return {**result, "paired": paired, "lengths": lengths}
 
 
 def baselines_table(domain: Domain, control: PersonalizedLM, say: Callable[[str], None]) -> dict:
@@ -158,6 +166,7 @@ class Table:
                 )
                 for name, values in self.values.items()
             },
+            "per_user": {name: _listed(values) for name, values in self.values.items()},
             "configs": {task: asdict(spec) for task, spec in recipe.questions.items()},
             "n-samples": {task: {"original": n, "effective": n} for task, n in answers.items()},
             "n": {"users": len(self.sample.users), "cuts": len(self.sample.cuts), "answers": answers},
@@ -180,3 +189,8 @@ class Table:
             "versions_of_libraries": source["versions"],
             "versions": dict.fromkeys(self.tasks, VERSION),
         }
+
+
+def _listed(values: np.ndarray) -> list[list[float | None]]:
+    """Accuracy `[users, tasks]` for JSON, None where a user was not asked."""
+    return [[None if np.isnan(v) else round(float(v), 4) for v in row] for row in values]
