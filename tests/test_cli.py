@@ -59,3 +59,12 @@ def test_a_table_takes_no_adapter_for_a_control_and_no_training_user_for_a_test_
     assert nothing.returncode == 1 and "training.json is missing" in nothing.stderr
     known = persona(*common, "--part", "validation")
     assert known.returncode == 1 and "was trained on" in known.stderr
+
+
+def test_uqa_says_what_it_cannot_run(tmp_path):
+    options = ("--data", "nowhere", "--llm", "adapters/demo/lm", "--out", str(tmp_path / "out"))
+    run = persona("bench", "uqa", "adapters/movies/uqa.yaml", *options, "--stage", "dream")
+    assert run.returncode == 1 and "--stage is all, pretrain, align or evaluate, not dream" in run.stderr
+    run = persona("bench", "uqa", "adapters/movies/uqa.yaml", *options, "--set", "encoder.width=32")
+    assert run.returncode == 1 and "need a --name of their own" in run.stderr
+    assert not (tmp_path / "out").exists()

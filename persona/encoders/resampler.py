@@ -28,7 +28,7 @@ class Resampler(nn.Module):
         self.age = nn.Embedding(AGES, width)
         self.layers = nn.ModuleList(ResamplerLayer(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.match = nn.Linear(width, width) if match else None
+        self.match = nn.Linear(width + 1, width) if match else None
 
     def forward(
         self,
@@ -72,12 +72,14 @@ class Resampler(nn.Module):
     ) -> torch.Tensor:
         """What `ask` made reads what `memory` made: user tokens `[B, K, d]`. A mask of None hides nothing.
 
-        `match` `[B, d]` is the newest state times the topic, element by element: where the instruction names an item,
+        `match` `[B, d]` is the newest state times the topic, element by element. Where the instruction names an item,
         its sum is that item's next-item score, which attention, whose weights sum to 1, could hardly find out.
         """
         count = len(self.queries)
         if self.match is not None:
-            latents = torch.cat([latents[:, :count] + self.match(match)[:, None], latents[:, count:]], dim=1)
+            score = match.sum(1, keepdim=True) / match.shape[1] ** 0.5
+            met = self.match(torch.cat([match, score], dim=1))  # [B, d]
+            latents = torch.cat([latents[:, :count] + met[:, None], latents[:, count:]], dim=1)
         for number, layer in enumerate(self.layers):
             if number:
                 latents = layer.mix(latents, seen)

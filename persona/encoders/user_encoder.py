@@ -147,9 +147,16 @@ class UserEncoder(HubMixin, nn.Module):
         words, seen = _padded([w.to(self.device) for w in self.text_encoder.states_of(list(instructions))])
         topics = self.events.text(words[:, 0])
         if self.config.mentions:
-            named = [torch.tensor(self.mentions.find(text), device=self.device) for text in instructions]
-            topics = topics + torch.stack([self.events.item(index.long()).sum(0) for index in named])
+            topics = torch.stack([self._named(text, topic) for text, topic in zip(instructions, topics)])
         return words, seen, topics
+
+    def _named(self, instruction: str, topic: torch.Tensor) -> torch.Tensor:
+        """What an instruction is about, `[d]`: the items that it names, or `topic` if it names none."""
+        found = self.mentions.find(instruction)
+        if not found:
+            return topic
+        texts = self.text_encoder.vectors([self.vocabulary.item_texts[i - 1] for i in found]).to(self.device)
+        return self.events.catalogue(texts, torch.tensor(found, device=self.device) - 1).mean(0)
 
     def item_scores(self, states: torch.Tensor, texts: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
         """How likely each item is next, by states `[P, d]`: logits `[P, items]`, of the items `index` alone if given.

@@ -116,3 +116,39 @@ def test_a_missing_file_a_folder_and_other_encodings(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
     with pytest.raises(RecipeError, match="UTF-8"):
         load_config(Recipe, tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    "change, epochs, kind",
+    [("epochs=3", 3, "item"), ("epochs = 2e0", 2, "item"), ("sources.ratings.kind=text", 1, "text")],
+)
+def test_fields_can_be_changed(tmp_path, change, epochs, kind):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD)
+    recipe = load_config(Recipe, path, [change])
+    assert (recipe.epochs, recipe.sources["ratings"].kind) == (epochs, kind)
+
+
+def test_a_change_of_a_part_that_the_file_leaves_out(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD)
+    assert load_config(Recipe, path, ["extra.kind=tabular"]).extra == SourceSpec("tabular")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("epochs", "is no change of a field; write it like"),
+        ("=3", "is no change of a field"),
+        ("epoch=3", "epoch.*epochs"),
+        ("epochs=many", "epochs"),
+        ("sources.ratings.kind.deep=1", "is not a mapping of fields"),
+        ("readers.source=x", "is not a mapping of fields"),
+        ("epochs=[1", "is not a value in YAML"),
+    ],
+)
+def test_a_change_that_cannot_be_made(tmp_path, change, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD)
+    with pytest.raises(RecipeError, match=message):
+        load_config(Recipe, path, [change])

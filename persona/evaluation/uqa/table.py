@@ -21,7 +21,7 @@ from persona.training.recipe import Domain
 
 SEED = 0
 """Of questions, controls and intervals: the same in every table, so that tables can be compared row by row."""
-LENGTHS = (5, 10, 25)
+LENGTHS = (5, 20)
 """Newest events that the encoder may read, beside the whole window."""
 TEXT_TOKENS = (128, 256)
 """Budgets of the text baselines, beside the whole window."""

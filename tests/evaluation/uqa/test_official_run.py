@@ -1,10 +1,13 @@
 """Official questions asked of a real adapter, against answers got one by one."""
 
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from persona.cli import app
 from persona.errors import DataError, PersonaError
 from persona.evaluation.uqa.official import OfficialFile, to_history
 from persona.evaluation.uqa.official_run import evaluate_official, strangers
@@ -142,3 +145,14 @@ def test_strangers_are_a_derangement_of_users(users):
 def test_strangers_are_drawn_from_everybody():
     drawn = Counter(strangers(range(5), seed)[0] for seed in range(400))
     assert set(drawn) == {1, 2, 3, 4} and np.ptp(list(drawn.values())) < 60
+
+
+def test_the_verb_asks_and_writes(model, file, tmp_path):
+    folder, out = model.save_pretrained(tmp_path / "adapter"), tmp_path / "deep" / "official.json"
+    run = CliRunner().invoke(
+        app, ["bench", "official", str(folder), "--file", str(file.path), "--out", str(out), "--limit", "7"]
+    )
+    assert run.exit_code == 0, run.output
+    result = json.loads(out.read_text())
+    assert set(result["results"]) == {"ours", "shuffled_user", "no_history"} and result["seed"] == 0
+    assert result["results"]["ours"]["overall"]["n"] == 7 and "shuffled_user" in run.output

@@ -72,7 +72,7 @@ def test_every_run_has_its_files_and_rows(done):
     assert set(results[0]["results"]) == rows | {"retrieved_128", "text_full"}
     for result in results[1:]:
         assert set(result["results"]) == {"soft_k1", "soft_k2", "shuffled_user"}
-        assert set(result["lengths"]) == {"5", "10", "20"}
+        assert set(result["lengths"]) == {"5", "20"}
         others = ("shuffled_user", "learned_prompt", "no_history", "text_full")
         assert set(result["paired"]) == {f"soft_k2 - {name}" for name in others}
         assert result["results"]["soft_k2"]["tokens"]["user"] == 3  # two rows and the line break behind them
