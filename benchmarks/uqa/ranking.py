@@ -2,8 +2,9 @@
 
     python benchmarks/uqa/ranking.py --data ml-100k --out benchmarks/results/uqa-ranking.json
 
-Of each user the last event is the test, the one before it chooses the step, and the rest is for training. Films that a
-user has seen stay among the candidates, as in public results. All backbones have SASRec's number of parameters.
+Of each user the last event is the test, the one before it chooses the step, and the rest is for training. Each model is
+ranked twice: among all items, as in most public results, and without the films that a user has seen, which the floors
+always leave out. All backbones have SASRec's number of parameters.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from persona.training.pretrain import pretrain
 from persona.training.ranking import Held, leave_one_out, metrics_of_ranks, ranking_values, ranks
 from persona.training.recipe import load_recipe
 
+UNSEEN = ", unseen items"
 VARIANTS = {
-    "ids only": ({"item_text": False}, 1),
-    "ids only, 3 times the steps": ({"item_text": False}, 3),
-    "half the width": ({"width": 32}, 1),
-    "twice the width": ({"width": 128}, 1),
+    "ids only": {"item_text": False},
+    "half the width": {"width": 32},
+    "twice the width": {"width": 128},
 }
-"""Of the first backbone: what is changed, for the paper's findings on side information and size, and its steps."""
+"""Of the first backbone: what is changed, for the paper's findings on side information and size."""
 
 
 def main(args: argparse.Namespace) -> None:
@@ -52,11 +53,10 @@ def main(args: argparse.Namespace) -> None:
     text_encoder = TextEncoder(recipe.encoder.text_encoder)
     known = json.loads(args.out.read_text()) if args.out.exists() and args.resume else {"results": {}, "models": {}}
     results, models = known["results"], known["models"]
-    for name, values in floors(test, validation, vocabulary).items():
-        results[name] = summary(values, args.seed)
-    wanted = [(name, name, {}, 1) for name in args.backbones]
-    wanted += [(f"{args.backbones[0]}, {what}", args.backbones[0], *how) for what, how in VARIANTS.items()]
-    for name, backbone, change, times in wanted:
+    results |= {name: summary(values, args.seed) for name, values in floors(test, validation).items()}
+    wanted = [(name, name, {}) for name in args.backbones]
+    wanted += [(f"{args.backbones[0]}, {what}", args.backbones[0], change) for what, change in VARIANTS.items()]
+    for name, backbone, change in wanted:
         if name in models:
             continue
         config = shaped(recipe.encoder, backbone, change)
@@ -64,10 +64,10 @@ def main(args: argparse.Namespace) -> None:
         encoder = UserEncoder(config, vocabulary, text_encoder)
         training = replace(recipe.pretraining, seed=args.seed)
         with tempfile.TemporaryDirectory() as folder:
-            steps = times * (args.steps or training.steps)
-            pretrain(encoder, validation.histories, validation, training, folder, steps=steps)
+            pretrain(encoder, validation.histories, validation, training, folder, steps=args.steps)
             record = json.loads((Path(folder) / "pretraining.json").read_text())
         results[name] = summary(ranking_values(encoder, test), args.seed)
+        results[f"{name}{UNSEEN}"] = summary(ranking_values(encoder, test, seen=False), args.seed)
         models[name] = {
             "encoder": asdict(config),
             "backbone_parameters": sum(p.numel() for p in encoder.backbone.parameters()),
@@ -84,18 +84,22 @@ def shaped(config: EncoderConfig, backbone: str, change: dict) -> EncoderConfig:
     return replace(config, inner=matched_inner(backbone, *shape, parameter_count("sasrec", *shape)))
 
 
-def floors(test: Held, validation: Held, vocabulary: Vocabulary) -> dict[str, dict[str, np.ndarray]]:
-    """Popularity, item-KNN and EASE, fitted on what the models are trained on."""
+def floors(test: Held, validation: Held) -> dict[str, dict[str, np.ndarray]]:
+    """Popularity, item-KNN and EASE, fitted on what the models are trained on; none offers what a user has seen."""
     source = test.targets[0].source
     knn, ease = ItemCosine(validation.histories, source), Ease(validation.histories, source)
     counts = np.asarray(knn.matrix.sum(axis=0)).ravel()
     targets = np.array([knn.index.get(e.item_id, -1) for e in test.targets])
     met = [knn.met(h.events) for h in test.histories]
-    return {
-        "popularity": metrics_of_ranks(ranks(np.tile(counts, (len(met), 1)), targets)),
-        "item_knn": metrics_of_ranks(ranks(np.stack([knn.scores(m) for m in met]), targets)),
-        "ease": metrics_of_ranks(ranks(np.stack([ease.scores(m) for m in met]), targets)),
+    scores = {
+        "popularity": np.tile(counts, (len(met), 1)),
+        "item_knn": np.stack([knn.scores(m) for m in met]),
+        "ease": np.stack([ease.scores(m) for m in met]),
     }
+    for each in scores.values():
+        for row, seen in zip(each, met):
+            row[seen] = -np.inf
+    return {f"{name}{UNSEEN}": metrics_of_ranks(ranks(each, targets)) for name, each in scores.items()}
 
 
 def summary(values: dict[str, np.ndarray], seed: int) -> dict:
@@ -116,7 +120,11 @@ def write(args: argparse.Namespace, result: dict, users: int, items: int, traini
     result |= {
         "name": args.out.stem,
         "kind": "ranking",
-        "config": {"protocol": "leave-one-out, full ranking, seen items kept", "items": items, **asdict(training)},
+        "config": {
+            "protocol": "leave-one-out, full ranking",
+            "items": items,
+            **asdict(training),
+        },
         "n": {"users": users},
         "command": " ".join(["python", "benchmarks/uqa/ranking.py", *sys.argv[1:]]),
         "seed": args.seed,

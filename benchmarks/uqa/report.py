@@ -93,7 +93,7 @@ def ranking(result: dict) -> str:
     """Recall and NDCG of every model."""
     lines = [head(["model", *METRICS, "backbone parameters", "steps"])]
     for name, row in result["results"].items():
-        model = result["models"].get(name, {})
+        model = result["models"].get(name.removesuffix(", unseen items"), {})
         values = [f"{row[m]['value']:.4f} [{row[m]['low']:.4f}, {row[m]['high']:.4f}]" for m in METRICS]
         size = [f"{model['backbone_parameters']:,}", model["steps"]] if model else ["", ""]
         lines.append(f"| {name} | " + " | ".join(str(c) for c in [*values, *size]) + " |")

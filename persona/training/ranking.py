@@ -57,11 +57,18 @@ def encoder_scores(encoder: UserEncoder, histories: Sequence[History], batch_siz
     return torch.cat(rows)
 
 
-def ranking_values(encoder: UserEncoder, held: Held) -> dict[str, np.ndarray]:
-    """`recall@k` and `ndcg@k` of each user, `[users]`; a target that the vocabulary does not know is never found."""
+def ranking_values(encoder: UserEncoder, held: Held, *, seen: bool = True) -> dict[str, np.ndarray]:
+    """`recall@k` and `ndcg@k` of each user, `[users]`; a target that the vocabulary does not know is never found.
+
+    Without `seen`, items of a user's own history are no candidates (but for the target).
+    """
     scores = encoder_scores(encoder, held.histories).numpy()
     items = encoder.vocabulary.items
     targets = np.array([items.get(f"{e.source}/{e.item_id}", 0) - 1 for e in held.targets])
+    if not seen:
+        for row, history, target in zip(scores, held.histories, targets):
+            met = [items.get(f"{e.source}/{e.item_id}", 0) - 1 for e in history.events]
+            row[[i for i in met if i >= 0 and i != target]] = -np.inf
     return metrics_of_ranks(ranks(scores, targets))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
+from persona.encoders import UserState
 from persona.errors import DataError, PersonaError
 from persona.evaluation.uqa.metric import check_golds, official_accuracy
 from persona.evaluation.uqa.official import MAX_CLICKS, SOURCE, OfficialFile, to_history
@@ -28,8 +30,7 @@ def evaluate_official(
     Each answer is one greedy token, and is scored by `official_accuracy` (UQABench, arXiv 2502.19178), whose result
     is given for `ours`, where the encoder read the user's clicks; for `shuffled_user`, where it read another user's;
     and for `no_history`, where the LLM reads the question alone. An adapter's LoRA, if it has one, stays on in all
-    three. `model.generate` strips white space, so that the token " A" is the answer "A" here. `decode` is
-    `to_history`'s; without it an encoder knows an item by its ids.
+    three. `decode` is `to_history`'s; without it an encoder knows an item by its ids.
 
     All rows are checked before the first question is asked. Raises `DataError` for a file without questions, a bad
     row, an empty gold answer, a question of no sub-task, and users too alike to be shuffled; and `PersonaError` for an
@@ -58,9 +59,19 @@ def evaluate_official(
             states = None
             if owners is not None:  # encoded anew each time: the states of all users would not fit in memory
                 states = model.encoder.encode([to_history(file[i], f"row {i}", decode=decode) for i in owners])
-            answers[name] += model.generate(asked, states, max_new_tokens=1)
+            answers[name] += next_tokens(model, asked, states)
         progress(f"{part.stop} of {size} questions")
     return {name: official_accuracy(questions, those, golds, seed=seed) for name, those in answers.items()}
+
+
+@torch.inference_mode()
+def next_tokens(model: PersonalizedLM, questions: Sequence[str], states: Sequence[UserState] | None) -> list[str]:
+    """The likeliest token after each question, as text, white space and all; special tokens are no text."""
+    count = model.adapter.tokens if states is not None else 0
+    rows = model.soft_rows(states, questions).flatten(0, 1) if states is not None else None
+    batch = model.collate([model.template.prompt(question, count) for question in questions])
+    best = model.logits(rows, batch)[:, -1].argmax(-1)
+    return model.template.tokenizer.batch_decode(best[:, None], skip_special_tokens=True)
 
 
 def strangers(users: Sequence[int], seed: int) -> list[int]:

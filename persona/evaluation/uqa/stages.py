@@ -137,7 +137,13 @@ class UQA:
         """The table of a run's adapter, which must be there; with differences to the baselines if they are there."""
         file = self.out / "results" / f"{BASELINES}.json"
         baselines = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        return self._result(run.name, lambda: soft_table(self.domain, self._model(run.name), run, baselines, self.say))
+
+        def make() -> dict:
+            table = soft_table(self.domain, self._model(run.name), run, baselines, self.say)
+            training = self.out / "align" / run.name / "training.json"
+            return {**table, "training": json.loads(training.read_text(encoding="utf-8"))}
+
+        return self._result(run.name, make)
 
     def evaluate_baselines(self, control: Run) -> dict:
         """The rows without user tokens: the LLM alone, text, the learned prompt, and floors without an LLM."""

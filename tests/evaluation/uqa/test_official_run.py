@@ -25,11 +25,20 @@ def quiet(message):
 
 
 def one_by_one(model, file, owners, **options):
-    """The token that follows each question of `file`, where the LLM reads the clicks of row `owner`, or of nobody."""
+    """The token that follows each question of `file`, where the LLM reads the clicks of row `owner`, or of nobody.
+
+    By Hugging Face's `generate`, one question at a time, and not stripped.
+    """
     answers = []
     for row, owner in zip(file, owners):
         states = None if owner is None else model.encoder.encode([to_history(file[owner], "user", **options)])
-        answers += model.generate([row.question], states, max_new_tokens=1)
+        rows = None if owner is None else model.soft_rows(states, [row.question])[0]
+        batch = model.collate([model.template.prompt(row.question, 0 if rows is None else len(rows))])
+        embeds = model.embed(rows, batch)
+        token = model.llm.generate(
+            inputs_embeds=embeds, attention_mask=batch.attention_mask, max_new_tokens=1, do_sample=False
+        )
+        answers += model.template.tokenizer.batch_decode(token, skip_special_tokens=True)
     return answers
 
 
