@@ -29,13 +29,10 @@ def main() -> None:
     replace_section(details, "uqa-paired", paired(runs))
     replace_section(details, "uqa-lengths", lengths(runs))
     replace_section(readme, "uqa", table(baselines, runs[:1]))
-    replace_section(details, "uqa-ranking", ranking(load("uqa-ranking")))
-    replace_section(details, "uqa-speed", speed(load("uqa-speed")))
-
-
-def load(name: str) -> dict:
-    """A result."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    for name, write in (("uqa-ranking", ranking), ("uqa-speed", speed)):
+        file = RESULTS / f"{name}.json"
+        text = write(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "(not measured yet)"
+        replace_section(details, name, text)
 
 
 def ours(run: dict) -> dict:

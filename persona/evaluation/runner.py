@@ -59,7 +59,7 @@ def run_table(
     return {
         "results": {name: _summary(v, tasks, seed) | _tokens(name, tokens) for name, v in values.items()},
         "paired": _paired(values, f"ours_k{methods.counts[-1]}", tasks, seed),
-        "n": _sizes(sample, tasks),
+        "n": sizes(sample, tasks),
         "cost": encoding_cost(model.encoder, [domain.histories[u] for u in sample.users]) if cost else {},
         "config": {
             "domain": domain.recipe.name,
@@ -150,7 +150,7 @@ def _paired(values: dict[str, np.ndarray], ours: str, tasks: Sequence[str], seed
     }
 
 
-def _sizes(sample: Sample, tasks: Sequence[str]) -> dict:
+def sizes(sample: Sample, tasks: Sequence[str]) -> dict:
     """Users, cuts, and how many answers each task counts."""
     keys = {
         (a.cut, a.question.task, a.question.group if a.question.options[0] == YES else n)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad as pad_right
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from persona.encoders import UserEncoder
@@ -26,8 +26,8 @@ from persona.encoders.features import EventBatch, event_rows, make_batch
 from persona.encoders.hub import load_weights
 from persona.errors import DataError
 from persona.history import History
+from persona.training.arguments import training_arguments
 from persona.training.configs import PretrainingConfig
-from persona.training.hardware import precision
 from persona.training.objectives import next_item_loss
 from persona.training.ranking import Held, ranking_values
 
@@ -146,17 +146,12 @@ def pretrain(
     every = max(1, steps // config.evaluations)
     trainer = NextItemTrainer(
         model=NextItemModel(encoder, config.negatives, frequency.clamp(min=1e-3)).to(encoder.device),
-        args=TrainingArguments(
-            output_dir=str(out),
-            max_steps=steps,
-            per_device_train_batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=min(config.warmup_steps, steps // 5),
-            weight_decay=config.weight_decay,
-            adam_beta2=0.98,
-            max_grad_norm=1.0,
-            **precision(),
+        args=training_arguments(
+            config,
+            out,
+            steps,
+            config.batch_size,
+            report_to,
             eval_strategy="steps",
             eval_steps=every,
             save_steps=every,
@@ -165,10 +160,6 @@ def pretrain(
             metric_for_best_model="ndcg@10",
             greater_is_better=True,
             logging_steps=every,
-            report_to=report_to,
-            seed=config.seed,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
         ),
         train_dataset=Stretches(sequences, encoder.config.max_events, steps * config.batch_size, config.seed),
         data_collator=lambda batches: {"events": pad(batches)},

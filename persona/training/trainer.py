@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from persona.encoders import TextEncoder, UserEncoder, Vocabulary
@@ -16,9 +16,8 @@ from persona.encoders.hub import load_weights
 from persona.errors import PersonaError
 from persona.injection import PersonalizedLM, load_llm
 from persona.injection.model import default_device
-from persona.training.configs import TrainingConfig
+from persona.training.arguments import training_arguments
 from persona.training.data import Collator, Examples
-from persona.training.hardware import precision
 from persona.training.objectives import next_item_loss
 from persona.training.recipe import Domain, write_trained_on
 
@@ -87,7 +86,16 @@ def train_adapter(
     steps = steps or config.steps
     trainer = PersonaTrainer(
         model=model,
-        args=training_arguments(config, out, steps, report_to),
+        args=training_arguments(
+            config,
+            out,
+            steps,
+            config.histories_per_step,
+            report_to,
+            save_steps=max(1, steps // 4),
+            save_total_limit=1,
+            logging_steps=max(1, min(50, steps // 10)),
+        ),
         train_dataset=Examples(domain, steps * config.histories_per_step, without_history=without_history),
         data_collator=Collator(model, config.seed),
         next_item_weight=0.0 if without_history or config.frozen_encoder else config.next_item_weight,
@@ -126,27 +134,3 @@ def new_model(
     encoder.freeze(recipe.training.frozen_encoder)
     model = PersonalizedLM(base, tokenizer, encoder, base_model=str(llm), domain=recipe.name)
     return model.to(default_device())
-
-
-def training_arguments(config: TrainingConfig, out: str | Path, steps: int, report_to: str) -> TrainingArguments:
-    """The recipe's training settings as transformers' `TrainingArguments`."""
-    return TrainingArguments(
-        output_dir=str(out),
-        max_steps=steps,
-        per_device_train_batch_size=config.histories_per_step,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(config.warmup_steps, steps // 5),
-        weight_decay=config.weight_decay,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
-        **precision(),
-        save_steps=max(1, steps // 4),
-        save_total_limit=1,
-        logging_steps=max(1, min(50, steps // 10)),
-        report_to=report_to,
-        seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,  # the collator has put its tensors where the model is
-    )

@@ -12,7 +12,7 @@ from persona.evaluation.floors import Floors
 from persona.evaluation.intervals import interval
 from persona.evaluation.likelihood import Request, option_scores
 from persona.evaluation.methods import Methods, Sample, draw_sample, tokens_of
-from persona.evaluation.runner import floor_values, provenance, user_accuracy
+from persona.evaluation.runner import floor_values, provenance, sizes, user_accuracy
 from persona.evaluation.uqa.tasks import DIMENSIONS
 from persona.history import History
 from persona.history.render import render_history
@@ -140,36 +140,25 @@ class Table:
             for name, a, b, c in zip(groups, mean, low, high)
         }
 
+    def _row(self, name: str) -> dict:
+        row = self.summary(self.values[name])
+        if name in self.tokens:
+            tokens = self.tokens[name]
+            row["tokens"] = {"prompt": round(tokens, 1), "user": round(tokens - self._plain, 1)}
+        return row
+
     def result(self, kind: str, **config) -> dict:
         """All rows, with lm-evaluation-harness's keys around them."""
         recipe, encoder = self.domain.recipe, self.model.encoder
-        answers = dict.fromkeys(self.tasks, 0)
-        for task in {
-            (a.cut, a.question.task, a.question.prompt if a.question.item_id is None else a.question.group)
-            for a in self.sample.asked
-        }:
-            answers[task[1]] += 1
+        counted = sizes(self.sample, self.tasks)
         source = provenance(self.domain, SEED)
         return {
             "kind": kind,
-            "results": {
-                name: self.summary(values)
-                | (
-                    {
-                        "tokens": {
-                            "prompt": round(self.tokens[name], 1),
-                            "user": round(self.tokens[name] - self._plain, 1),
-                        }
-                    }
-                    if name in self.tokens
-                    else {}
-                )
-                for name, values in self.values.items()
-            },
+            "results": {name: self._row(name) for name in self.values},
             "per_user": {name: _listed(values) for name, values in self.values.items()},
             "configs": {task: asdict(spec) for task, spec in recipe.questions.items()},
-            "n-samples": {task: {"original": n, "effective": n} for task, n in answers.items()},
-            "n": {"users": len(self.sample.users), "cuts": len(self.sample.cuts), "answers": answers},
+            "n-samples": {task: {"original": n, "effective": n} for task, n in counted["answers"].items()},
+            "n": counted,
             "higher_is_better": {task: {"acc": True} for task in self.tasks},
             "config": {
                 "domain": recipe.name,
