@@ -28,7 +28,7 @@ def main() -> None:
     replace_section(details, "uqa-tasks", table(baselines, runs, TASKS))
     replace_section(details, "uqa-paired", paired(runs))
     replace_section(details, "uqa-lengths", lengths(runs))
-    replace_section(readme, "uqa", table(baselines, runs[:1]))
+    replace_section(readme, "uqa", table(baselines, runs[:2]))
     for name, write in (("uqa-ranking", ranking), ("uqa-speed", speed)):
         file = RESULTS / f"{name}.json"
         text = write(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "(not measured yet)"

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from persona.evaluation.floors import Floors, ItemBias, ItemCosine
+from persona.evaluation.collaborative import ItemCosine
+from persona.evaluation.floors import Floors, ItemBias
 from persona.history import Event, History, ReaderSpec, SourceSpec
 from persona.training.configs import SplitConfig
 from persona.training.questions import Cut, Question, QuestionSpec
@@ -43,11 +44,11 @@ def cut(*items):
 
 
 def test_item_cosine_prefers_what_the_same_users_took(domain):
-    floor = ItemCosine(domain, "r")
-    assert floor.score(cut(("a", 5.0)), "b") == pytest.approx(1.0)
-    assert floor.score(cut(("a", 5.0)), "c") == 0.0
-    assert floor.score(cut(("a", 5.0)), "never seen") == 0.0
-    assert floor.score(cut(), "a") == 0.0
+    floor = ItemCosine([domain.histories[u] for u in domain.train], "r")
+    assert floor.score(cut(("a", 5.0)).history.events, "b") == pytest.approx(1.0)
+    assert floor.score(cut(("a", 5.0)).history.events, "c") == 0.0
+    assert floor.score(cut(("a", 5.0)).history.events, "never seen") == 0.0
+    assert floor.score(cut().history.events, "a") == 0.0
 
 
 def test_bias_adds_shrunk_item_and_user_means(domain):

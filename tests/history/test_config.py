@@ -120,7 +120,7 @@ def test_a_missing_file_a_folder_and_other_encodings(tmp_path):
 
 @pytest.mark.parametrize(
     "change, epochs, kind",
-    [("epochs=3", 3, "item"), ("epochs = 2e0", 2, "item"), ("sources.ratings.kind=text", 1, "text")],
+    [("epochs=3", 3, "item"), ("epochs = 2", 2, "item"), ("sources.ratings.kind=text", 1, "text")],
 )
 def test_fields_can_be_changed(tmp_path, change, epochs, kind):
     path = tmp_path / "recipe.yaml"

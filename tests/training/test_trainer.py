@@ -125,7 +125,7 @@ def test_next_item_loss_is_the_cross_entropy_of_each_next_item(encoder, shop_his
     with torch.no_grad():
         states, _ = encoder.states(batch)
         loss = next_item_loss(encoder, states, batch, texts)
-        catalogue = encoder.events.catalogue(texts)
+        catalogue = encoder.events.catalogue(texts, torch.arange(len(texts)))
         by_hand = []
         for b in range(2):
             for n, item in enumerate(batch.item[b].tolist()):

@@ -26,7 +26,7 @@ def test_both_recipes_have_the_official_sub_tasks():
 
 def test_the_chinese_recipe_asks_what_the_english_one_does():
     assert CHINESE.letters and not ENGLISH.letters
-    for part in ("window", "sources", "readers", "split", "encoder"):
+    for part in ("window", "sources", "readers", "split", "encoder", "pretraining", "training", "lm"):
         assert getattr(CHINESE, part) == getattr(ENGLISH, part)
     for name, spec in CHINESE.questions.items():
         english = ENGLISH.questions[name]
