@@ -125,7 +125,7 @@ class Load:
                 "median_latency_ms": round(float(np.median(latencies)), 1),
                 "prompt_tokens": round(float(np.mean(tokens))),
             }
-        for kind in set(self.kinds) - {"plain", "text_400"}:
+        for kind in (k for k in self.kinds if k not in ("plain", "text_400")):
             for name, other in (("plain", "plain"), ("text", "text_400")):
                 if other in self.kinds:
                     ratios = [r[kind][0] / r[other][0] for r in rounds]

@@ -90,7 +90,7 @@ class UserEncoder(HubMixin, nn.Module):
         # Not a submodule: it is frozen, shared between encoders, and never saved with the weights.
         object.__setattr__(self, "text_encoder", text_encoder or TextEncoder(config.text_encoder))
         dim = self.text_encoder.dim
-        self.mentions = Mentions(vocabulary.item_texts)
+        self.mentions = Mentions(vocabulary.item_texts if config.mentions else ())
         self.events = EventEncoder(vocabulary, dim, config)
         self.start = nn.Parameter(torch.randn(config.width) * 0.3)
         self.backbone = build_backbone(

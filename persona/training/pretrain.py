@@ -34,7 +34,7 @@ from persona.training.ranking import Held, ranking_values
 
 @dataclass(frozen=True)
 class Sequences:
-    """Whole histories as tensors, made once; `stretch` cuts pieces out of them."""
+    """Whole histories as tensors, made once; `Stretches` cuts pieces out of them."""
 
     events: list[EventBatch]
     """One batch of one history each, without the events that make no row."""

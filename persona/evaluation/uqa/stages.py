@@ -3,7 +3,7 @@
 Each stage writes into the run's folder and is skipped when its result lies there, so a run that was stopped goes on:
 
     pretrain/BACKBONE-sSEED/        an encoder that foretells the next item
-    align/BACKBONE-HEAD-sSEED/      an adapter: head and projector trained on the frozen encoder and LLM
+    align/BACKBONE-HEAD-sSEED/      an adapter for the frozen LLM; a resampler tunes the encoder with it
     align/learned-prompt-sSEED/     the control, trained on empty histories
     results/NAME.json               tables; results/baselines.json holds the rows without user tokens
 """
@@ -32,7 +32,6 @@ from persona.training.ranking import leave_one_out
 from persona.training.recipe import Domain, Recipe, check_unseen, write_trained_on
 from persona.training.trainer import train_adapter
 
-STAGES = ("pretrain", "align", "evaluate")
 CONTROL = "learned-prompt"
 BASELINES = "baselines"
 

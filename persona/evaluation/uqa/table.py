@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 
+from persona.errors import DataError
 from persona.evaluation.floors import Floors
 from persona.evaluation.intervals import interval
 from persona.evaluation.likelihood import Request, option_scores
@@ -34,9 +35,14 @@ VERSION = 1
 def soft_table(domain: Domain, model: PersonalizedLM, run, baselines: dict | None, say: Callable[[str], None]) -> dict:
     """User tokens by number of tokens and by length of the history, beside another user's tokens.
 
-    `baselines` is the result of `baselines_table`, for differences user by user.
+    `baselines` is the result of `baselines_table`, for differences user by user. Raises `DataError` when it is of other
+    questions or other users.
     """
     table = Table(domain, model, say)
+    if baselines is not None and (baselines["n"], baselines["configs"]) != (table.sizes, table.questions):
+        raise DataError(
+            "the baselines in this folder are of other questions or users; give the changed run its own --out"
+        )
     methods, most = table.methods, model.encoder.config.tokens
     for count in methods.counts:
         table.ask(f"soft_k{count}", methods.soft(model, methods.states, count))
@@ -101,6 +107,8 @@ class Table:
         self.domain, self.model, self.say, self.start = domain, model, say, time.perf_counter()
         self.sample = draw_sample(domain, domain.test, SEED)
         self.tasks = list(domain.recipe.questions)
+        self.sizes = sizes(self.sample, self.tasks)
+        self.questions = {task: asdict(spec) for task, spec in domain.recipe.questions.items()}
         self.methods = Methods(domain, model, None, self.sample)
         self.values: dict[str, np.ndarray] = {}
         self.tokens: dict[str, float] = {}
@@ -150,15 +158,14 @@ class Table:
     def result(self, kind: str, **config) -> dict:
         """All rows, with lm-evaluation-harness's keys around them."""
         recipe, encoder = self.domain.recipe, self.model.encoder
-        counted = sizes(self.sample, self.tasks)
         source = provenance(self.domain, SEED)
         return {
             "kind": kind,
             "results": {name: self._row(name) for name in self.values},
             "per_user": {name: _listed(values) for name, values in self.values.items()},
-            "configs": {task: asdict(spec) for task, spec in recipe.questions.items()},
-            "n-samples": {task: {"original": n, "effective": n} for task, n in counted["answers"].items()},
-            "n": counted,
+            "configs": self.questions,
+            "n-samples": {task: {"original": n, "effective": n} for task, n in self.sizes["answers"].items()},
+            "n": self.sizes,
             "higher_is_better": {task: {"acc": True} for task in self.tasks},
             "config": {
                 "domain": recipe.name,

@@ -1,6 +1,8 @@
 """UQA from records to table: every stage on a small shop, what a second call does, and what is refused."""
 
+import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,3 +161,13 @@ def test_a_user_who_was_not_asked_changes_no_mean(done, uqa_domain, llm_path, te
     values[:, 2] = np.nan
     summary = table.summary(values)
     assert "next_item" not in summary and "action prediction" not in summary and "mean" not in summary
+
+
+def test_baselines_of_other_questions_are_not_compared_with(done, uqa_domain, llm_path, tmp_path):
+    shutil.copytree(done[0], tmp_path / "out")
+    (tmp_path / "out" / "results" / "sasrec-linear-s0.json").unlink()
+    other = copy.copy(uqa_domain)
+    changed = {**QUESTIONS, "direct_feature": replace(QUESTIONS["direct_feature"], prompt="The {n}th category?")}
+    other.recipe = replace(uqa_domain.recipe, questions=changed)
+    with pytest.raises(DataError, match="are of other questions or users; give the changed run its own --out"):
+        UQA(other, llm_path, tmp_path / "out").evaluate(Run("sasrec", "linear", 0))
