@@ -9,7 +9,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-from persona.evaluation.report import label, replace_section
+from persona.evaluation.report import cell, label, replace_section
 from persona.evaluation.uqa.tasks import DIMENSIONS
 
 ROOT = Path(__file__).parents[2]
@@ -132,14 +132,6 @@ def line(title: str, row: dict, columns: list[str]) -> str:
     """One line of a table of accuracies."""
     tokens = f"{row['tokens']['prompt']:.0f}" if "tokens" in row else ""
     return f"| {title} | " + " | ".join([*(cell(row.get(c)) for c in columns), tokens]) + " |"
-
-
-def cell(value: dict | None, signed: bool = False) -> str:
-    """An accuracy, or a difference, with its interval."""
-    if value is None:
-        return ""
-    sign = "+" if signed else ""
-    return f"{value['acc']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
 
 
 def head(names: list[str]) -> str:

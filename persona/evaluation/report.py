@@ -53,7 +53,7 @@ def markdown_table(result: dict) -> str:
     for name, row in result["results"].items():
         tokens = row.get("tokens", {})
         size = f"{tokens['user']:.0f} | {tokens['prompt']:.0f}" if tokens else " | "
-        lines.append(f"| {label(name)} | {size} | " + " | ".join(_cell(row.get(t)) for t in [*tasks, "mean"]) + " |")
+        lines.append(f"| {label(name)} | {size} | " + " | ".join(cell(row.get(t)) for t in [*tasks, "mean"]) + " |")
     n = result["n"]
     answers = ", ".join(f"{count} {task}" for task, count in n["answers"].items())
     lines += [
@@ -74,8 +74,8 @@ def terminal_table(result: dict) -> str:
     lines = [f"{'':{width}}{'tokens':>7}" + "".join(f"{t:>{len(t) + 2}}" for t in tasks) + f"{'mean':>23}"]
     for name, row in result["results"].items():
         tokens = f"{row['tokens']['prompt']:.0f}" if "tokens" in row else ""
-        cells = "".join(f"{_cell(row.get(t))[:5]:>{len(t) + 2}}" for t in tasks)
-        lines.append(f"{names[name]:{width}}{tokens:>7}{cells}{_cell(row.get('mean')):>23}")
+        cells = "".join(f"{cell(row.get(t))[:5]:>{len(t) + 2}}" for t in tasks)
+        lines.append(f"{names[name]:{width}}{tokens:>7}{cells}{cell(row.get('mean')):>23}")
     n = result["n"]
     lines.append(f"accuracy, mean over {n['users']} users with bootstrap 95% interval; {n['cuts']} cuts")
     return "\n".join(lines)
@@ -87,7 +87,7 @@ def paired_table(result: dict) -> str:
     lines = ["| difference | " + " | ".join([*tasks, "mean"]) + " |", "|---|" + "---|" * (len(tasks) + 1)]
     for name, row in result["paired"].items():
         ours, other = name.split(" - ")
-        cells = " | ".join(_cell(row.get(t), signed=True) for t in [*tasks, "mean"])
+        cells = " | ".join(cell(row.get(t), signed=True) for t in [*tasks, "mean"])
         lines.append(f"| {label(ours)} minus {label(other)} | {cells} |")
     return "\n".join(lines)
 
@@ -119,7 +119,8 @@ def label(name: str) -> str:
     return NAMES.get(name, name)
 
 
-def _cell(value: dict | None, signed: bool = False) -> str:
+def cell(value: dict | None, signed: bool = False) -> str:
+    """An accuracy, or a difference, with its interval; empty for None."""
     if value is None:
         return ""
     form = "+.3f" if signed else ".3f"

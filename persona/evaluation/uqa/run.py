@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from persona.evaluation.report import label
+from persona.evaluation.report import cell, label
 from persona.evaluation.uqa.stages import UQA, Run
 from persona.evaluation.uqa.tasks import DIMENSIONS
 from persona.training.recipe import Domain
@@ -59,10 +59,6 @@ def table(results: Sequence[dict]) -> str:
     for result in results:
         for name, row in result["results"].items():
             title = label(name) if result["kind"] == "uqa-baselines" else f"{result['name']}: {label(name)}"
-            cells = [_cell(row.get(column)) for column in columns]
+            cells = [cell(row.get(column)) for column in columns]
             lines.append(f"| {title} | {' | '.join(cells)} | {row.get('tokens', {}).get('prompt', '')} |")
     return "\n".join(lines)
-
-
-def _cell(value: dict | None) -> str:
-    return f"{value['acc']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if value else ""
