@@ -102,7 +102,7 @@ def bench_table(
     from persona.evaluation.report import markdown_table, paired_table
     from persona.evaluation.runner import run_table
     from persona.injection import PersonalizedLM
-    from persona.training.recipe import check_unseen
+    from persona.training.trained_on import check_unseen
 
     quiet()
     if part not in ("test", "validation"):
@@ -113,7 +113,7 @@ def bench_table(
     model = PersonalizedLM.from_pretrained(adapter, llm)
     other = PersonalizedLM.from_pretrained(control, llm) if control else None
     for folder in filter(None, (adapter, control, model.adapter.base_model)):
-        check_unseen(domain, getattr(domain, part), folder)
+        check_unseen(domain.fingerprints(getattr(domain, part)), folder)
     result = run_table(domain, model, other, part=part, seed=seed, progress=_say)
     training = adapter / "training.json"
     if training.exists():

@@ -28,7 +28,7 @@ from persona.injection import PersonalizedLM, load_llm
 from persona.serving import VLLMEngine
 from persona.training.configs import LMConfig
 from persona.training.recipe import Domain, load_recipe
-from persona.training.reference_lm import train_tokenizer
+from persona.training.reference_lm import domain_lines, train_tokenizer
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and waiting threads starve each other
 
@@ -62,7 +62,7 @@ def vocabulary(domain):
 def tokenizer_path(domain, tmp_path_factory):
     """A folder with a chat tokenizer of 600 tokens."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(domain, domain.recipe.lm).save_pretrained(folder)
+    train_tokenizer(domain_lines(domain), domain.recipe.lm.vocab_size).save_pretrained(folder)
     return folder
 
 

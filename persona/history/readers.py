@@ -35,16 +35,17 @@ def read_histories(
     for spec in readers:
         check_time_format(spec.time_format)
         for table in open_tables(spec.path, data, spec.format, spec.split):
-            for user, event in _events(spec, table, joins, report):
-                events.setdefault(user, []).append(event)
+            for users, event in _events(spec, table, joins, report):
+                for user in users:
+                    events.setdefault(user, []).append(event)
                 report.events += 1
                 report.future += event.timestamp is not None and event.timestamp > now
     report.users = len(events)
     return {user: History(user, tuple(those)) for user, those in events.items()}, report
 
 
-def _events(spec: ReaderSpec, table: Table, joins: _Joins, report: ReadReport) -> Iterator[tuple[str, Event]]:
-    """The (user, event) of each good row of one file."""
+def _events(spec: ReaderSpec, table: Table, joins: _Joins, report: ReadReport) -> Iterator[tuple[list[str], Event]]:
+    """The event of each good row of one file, and whose it is."""
     template = Template(spec.text) if spec.text is not None else None
     attributes = {
         name: ColumnSpec(column) if isinstance(column, str) else column for name, column in spec.attributes.items()
@@ -61,25 +62,26 @@ def _events(spec: ReaderSpec, table: Table, joins: _Joins, report: ReadReport) -
                 raise _BadField(ROW, row.problem, row.detail)
             for join in joiners:
                 cells = join(cells)
-            user, event = _event(spec, template, attributes, cells)
+            users, event = _event(spec, template, attributes, cells)
         except _BadField as bad:
             report.add_bad(table.name, row.line, bad.field, bad.kind, bad.value)
         else:
-            yield user, event
+            yield users, event
 
 
 def _event(
     spec: ReaderSpec, template: Template | None, attributes: dict[str, ColumnSpec], cells: dict[str, Any]
-) -> tuple[str, Event]:
-    user = _read(spec.user, read_id, cells.get(spec.user))
-    if user is None:
+) -> tuple[list[str], Event]:
+    cell = cells.get(spec.user)
+    users = [_read(spec.user, read_id, one) for one in (cell if isinstance(cell, list) else [cell])]
+    if not users or None in users:
         raise _BadField(spec.user, "is missing")
     timestamp = None
     if spec.timestamp is not None:
         timestamp = _read(spec.timestamp, read_time, cells.get(spec.timestamp), spec.time_format)
     values = {name: _attribute(column, cells) for name, column in attributes.items()}
     try:
-        return check_user(user), Event(
+        return list(dict.fromkeys(map(check_user, users))), Event(
             source=spec.source,
             timestamp=timestamp,
             text=_read("text", template.fill, {**values, **cells}) if template else None,

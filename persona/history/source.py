@@ -65,7 +65,7 @@ class ReaderSpec:
     path: str
     """File name or glob, relative to the data folder; or a `datasets` folder or hub name."""
     user: str
-    """Column of the user id."""
+    """Column of the user id; where a cell is a list, as of a paper's authors, the event is each one's."""
     timestamp: str | None = None
     """Column of the time. None: facts that always hold, such as a profile."""
     time_format: str = "unix"

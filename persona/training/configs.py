@@ -108,6 +108,10 @@ class LMConfig:
     """Peak rate of AdamW; flat to 30% of the steps, then linear to zero."""
     history_weight: float = 0.2
     """Weight of the next-token loss on a history's own text beside the answer loss."""
+    text_share: float = 0.25
+    """Share of that text's tokens that take the loss, drawn at random; the LM head is a quarter of so small a model."""
+    reads_questions: bool = False
+    """Whether the questions' text takes that loss, too: where a question brings a text of its own, like a paper."""
     plain_share: float = 0.1
     """Share of rows without a history."""
     seed: int = 0

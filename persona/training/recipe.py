@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +28,7 @@ from persona.training.questions import (
     evaluation_cuts,
     make_cut,
 )
+from persona.training.trained_on import user_fingerprint
 
 
 @dataclass(frozen=True)
@@ -117,6 +116,10 @@ class Domain:
             for cut in evaluation_cuts(self.histories[user], self.recipe.window, split.cuts, split.min_events)
         ]
 
+    def fingerprints(self, users: Sequence[str]) -> list[str]:
+        """What `write_trained_on` notes of these users."""
+        return [user_fingerprint(self.histories[user]) for user in users]
+
     def training_cut(self, rng: np.random.Generator) -> Cut:
         """A random training user at a random time, with events dropped and histories shortened as the recipe says."""
         config = self.recipe.training
@@ -133,32 +136,6 @@ class Domain:
             kept = kept.of(e for e in kept.events if e.timestamp is None or rng.random() >= drop)
             if kept.timed:
                 return replace(cut, history=kept)
-
-
-TRAINED_ON = "trained_on.json"
-
-
-def fingerprint(history: History) -> str:
-    """16 hex digits of a user's id and first timed event: a growing history keeps it, a namesake has another."""
-    return hashlib.sha256(repr((history.user, history.timed[:1])).encode()).hexdigest()[:16]
-
-
-def write_trained_on(domain: Domain, folder: str | Path) -> None:
-    """Notes beside a trained LM or adapter whom it has seen, so that they are never taken for test users."""
-    seen = sorted(fingerprint(domain.histories[u]) for u in domain.train)
-    (Path(folder) / TRAINED_ON).write_text(json.dumps(seen, indent=0) + "\n")
-
-
-def check_unseen(domain: Domain, users: list[str], folder: str | Path) -> None:
-    """Raises `DataError` if what lies in `folder` was trained on any of `users`; without a note nothing is known."""
-    file = Path(folder) / TRAINED_ON
-    seen = set(json.loads(file.read_text())) if file.exists() else set()
-    known = [u for u in users if fingerprint(domain.histories[u]) in seen]
-    if known:
-        raise DataError(
-            f"{folder} was trained on {len(known)} of the {len(users)} users to be asked: the records or the split "
-            "have changed since. Train again, or bring the records that it was trained with"
-        )
 
 
 def split_users(users: list[str], config: SplitConfig) -> tuple[list[str], list[str], list[str]]:

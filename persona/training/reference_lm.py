@@ -7,11 +7,14 @@ answers, and lightly on the history's text. Nothing of validation or test users 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -21,8 +24,8 @@ from persona.errors import RecipeError
 from persona.history.render import render_event, render_history
 from persona.training.configs import LMConfig
 from persona.training.hardware import precision
-from persona.training.questions import Cut, Question
-from persona.training.recipe import Domain, write_trained_on
+from persona.training.recipe import Domain
+from persona.training.trained_on import write_trained_on
 
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (
@@ -33,18 +36,46 @@ CHAT_TEMPLATE = (
 WORDS = Regex(r" ?[\p{L}\p{M}'\-]+| ?\d+| ?[^\s\p{L}\p{M}\d]+|\s")
 """What a token may span: a word with its hyphens and apostrophes, so that answers such as Sci-Fi become one token."""
 IGNORE = -100
-HISTORY_SHARE = 0.25
-"""Share of a history's own tokens that take loss; the LM head is a quarter of so small a model."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a packed row is made of: the text of one history, and questions about it."""
+
+    history: Sequence[str]
+    """The text in pieces that no token crosses, such as lines and line breaks; they are joined as they are."""
+    glue: str
+    """Stands between the history and each question; there is none without a history."""
+    questions: Sequence[tuple[str, str]]
+    """(question, answer)."""
+
+
+Draw = Callable[[np.random.Generator], Reading]
 
 
 def build_reference_lm(domain: Domain, out: str | Path, *, steps: int | None = None, report_to: str = "none") -> Path:
     """Trains tokenizer and model by `domain.recipe.lm` and saves them to `out` as a Hugging Face checkpoint."""
     config = domain.recipe.lm
     set_seed(config.seed)
-    tokenizer = train_tokenizer(domain, config)
+    tokenizer = train_tokenizer(domain_lines(domain), config.vocab_size)
+    train_lm(domain_readings(domain), tokenizer, config, out, steps=steps, report_to=report_to)
+    write_trained_on(domain.fingerprints(domain.train), out)
+    return Path(out)
+
+
+def train_lm(
+    draw: Draw,
+    tokenizer: PreTrainedTokenizerFast,
+    config: LMConfig,
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    report_to: str = "none",
+) -> None:
+    """Trains a Llama on packed rows of what `draw` gives and saves it with its tokenizer to `out`."""
+    set_seed(config.seed)
     model = LlamaForCausalLM(_llama_config(config, tokenizer))
     steps = steps or config.steps
-    rows = PackedRows(domain, tokenizer, size=steps * config.rows_per_step)
     trainer = PackedTrainer(
         model=model,
         args=TrainingArguments(
@@ -66,20 +97,18 @@ def build_reference_lm(domain: Domain, out: str | Path, *, steps: int | None = N
             remove_unused_columns=False,
             dataloader_num_workers=0,
         ),
-        train_dataset=rows,
+        train_dataset=PackedRows(draw, tokenizer, config, size=steps * config.rows_per_step),
         data_collator=collate_rows,
     )
     trainer.history_weight = config.history_weight
     trainer.train()
     model.eval().to(torch.float32).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    write_trained_on(domain, out)
-    return Path(out)
 
 
-def train_tokenizer(domain: Domain, config: LMConfig) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on the lines of the training users' events and on questions with answers."""
-    rng = np.random.default_rng(config.seed)
+def domain_lines(domain: Domain) -> list[str]:
+    """Text that a tokenizer for `domain` is fitted on: events of training users, and questions with answers."""
+    rng = np.random.default_rng(domain.recipe.lm.seed)
     sources = domain.recipe.sources
     lines = [render_event(e, sources[e.source]) for u in domain.train for e in domain.histories[u].events]
     for _ in range(1000):
@@ -87,6 +116,26 @@ def train_tokenizer(domain: Domain, config: LMConfig) -> PreTrainedTokenizerFast
             lines.append(f"{q.prompt} {q.answer}")
     for answers in domain.catalogue.answers.values():
         lines += [f" {a}" for a in answers] * 1000
+    return lines
+
+
+def domain_readings(domain: Domain) -> Draw:
+    """Draws a training user at a random time: the history in lines, and one round of questions in random order."""
+
+    def draw(rng: np.random.Generator) -> Reading:
+        cut = domain.training_cut(rng)
+        questions = domain.questions(cut, rng, training=True)
+        pieces: list[str] = []
+        for line in render_history(cut.history, domain.recipe.sources).split("\n"):
+            pieces += ["\n", line] if pieces else [line]
+        picked = [questions[i] for i in rng.permutation(len(questions))]
+        return Reading(pieces, "\n", [(q.prompt, q.answer) for q in picked])
+
+    return draw
+
+
+def train_tokenizer(lines: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE fitted on `lines`, with the chat template of the reference LMs."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -96,7 +145,7 @@ def train_tokenizer(domain: Domain, config: LMConfig) -> PreTrainedTokenizerFast
     bpe.train_from_iterator(
         lines,
         trainers.BpeTrainer(
-            vocab_size=config.vocab_size,
+            vocab_size=vocab_size,
             special_tokens=special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -130,10 +179,9 @@ def _llama_config(config: LMConfig, tokenizer: PreTrainedTokenizerFast) -> Llama
 class PackedRows(Dataset):
     """Row `i` is drawn from its own seed, so a run can be repeated; there are `size` of them."""
 
-    def __init__(self, domain: Domain, tokenizer: PreTrainedTokenizerFast, size: int):
-        self.domain, self.tokenizer, self.size = domain, tokenizer, size
-        self.config = domain.recipe.lm
-        self._ids: dict[str, list[int]] = {}
+    def __init__(self, draw: Draw, tokenizer: PreTrainedTokenizerFast, config: LMConfig, size: int):
+        self.draw, self.tokenizer, self.config, self.size = draw, tokenizer, config, size
+        self._ids: LRUCache[str, list[int]] = LRUCache(20_000)
 
     def __len__(self) -> int:
         return self.size
@@ -157,9 +205,9 @@ class PackedRows(Dataset):
         used, segment, misses = 0, 0, 0
         while True:
             plain = rng.random() < self.config.plain_share
-            cut = self.domain.training_cut(rng)
-            prefix = [] if plain else self._prefix(cut)
-            blocks = [self._block(q, plain) for q in self._questions(cut, rng)]
+            reading = self.draw(rng)
+            prefix = [] if plain else self._prefix(reading)
+            blocks = [self._block("" if plain else reading.glue, *pair) for pair in reading.questions]
             if not blocks or used + len(prefix) + len(blocks[0][0]) > size:
                 if used:
                     return row
@@ -170,9 +218,7 @@ class PackedRows(Dataset):
             here = slice(used, used + len(prefix))
             row["input_ids"][here], row["positions"][here] = prefix, range(len(prefix))
             row["segments"][here] = row["parents"][here] = home = segment
-            scored = np.flatnonzero(rng.random(len(prefix)) < HISTORY_SHARE)
-            scored = scored[scored > 0]
-            row["history_labels"][used + scored] = np.array(prefix, np.int64)[scored]
+            self._score(row, rng, used, prefix)
             used, segment = used + len(prefix), segment + 1
             for ids, start in blocks:
                 if used + len(ids) > size:
@@ -182,25 +228,25 @@ class PackedRows(Dataset):
                 row["positions"][here] = range(len(prefix), len(prefix) + len(ids))
                 row["segments"][here], row["parents"][here] = segment, home
                 row["labels"][used + start : here.stop] = ids[start:]
+                if self.config.reads_questions:
+                    self._score(row, rng, used, ids[:start])
                 used, segment = here.stop, segment + 1
 
-    def _prefix(self, cut: Cut) -> list[int]:
+    def _score(self, row: dict[str, np.ndarray], rng: np.random.Generator, at: int, ids: list[int]) -> None:
+        """Gives some of the tokens `ids`, which stand at `at`, the loss of text that is read."""
+        scored = np.flatnonzero(rng.random(len(ids)) < self.config.text_share)
+        scored = scored[scored > 0]
+        row["history_labels"][at + scored] = np.array(ids, np.int64)[scored]
+
+    def _prefix(self, reading: Reading) -> list[int]:
         """Token ids of the user's turn up to the end of the history."""
-        ids: list[int] = []
-        for line in render_history(cut.history, self.domain.recipe.sources).split("\n"):
-            ids += (self._encode("\n") if ids else self._open) + self._encode(line)
-        return ids
+        return [*self._open, *(i for piece in reading.history for i in self._encode(piece))]
 
-    def _questions(self, cut: Cut, rng: np.random.Generator) -> list[Question]:
-        """One round of questions in random order."""
-        questions = self.domain.questions(cut, rng, training=True)
-        return [questions[i] for i in rng.permutation(len(questions))]
-
-    def _block(self, question: Question, plain: bool) -> tuple[list[int], int]:
-        """Token ids of one question with its answer, and where the answer starts."""
-        ids = (self._open if plain else self._encode("\n")) + self._encode(question.prompt)
-        ids = [*ids, self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(ASSISTANT)]
-        return [*ids, *self._encode(f" {question.answer}"), self.tokenizer.eos_token_id], len(ids)
+    def _block(self, glue: str, question: str, answer: str) -> tuple[list[int], int]:
+        """Token ids of one question with its answer, and where the answer starts; without `glue` it opens the turn."""
+        ids = [*([] if glue else self._open), *self._encode(glue + question), self.tokenizer.eos_token_id]
+        ids.append(self.tokenizer.convert_tokens_to_ids(ASSISTANT))
+        return [*ids, *self._encode(f" {answer}"), self.tokenizer.eos_token_id], len(ids)
 
 
 def collate_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

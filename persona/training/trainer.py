@@ -1,4 +1,4 @@
-"""`PersonaTrainer`: transformers' Trainer for a `PersonalizedLM`; only the adapter is trained, saved and resumed."""
+"""Trainers for adapters on a frozen LLM, and `train_adapter`, which trains a `PersonalizedLM` for a domain."""
 
 from __future__ import annotations
 
@@ -6,23 +6,46 @@ import json
 import resource
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from torch.utils.data import Dataset
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from persona.encoders import TextEncoder, UserEncoder, Vocabulary
-from persona.encoders.hub import load_weights
 from persona.errors import PersonaError
-from persona.injection import PersonalizedLM, load_llm
-from persona.injection.model import default_device
+from persona.injection import PersonalizedLM, SoftPromptLM, load_llm
+from persona.injection.llm import default_device
 from persona.training.arguments import training_arguments
+from persona.training.configs import TrainingConfig
 from persona.training.data import Collator, Examples
 from persona.training.objectives import next_item_loss
-from persona.training.recipe import Domain, write_trained_on
+from persona.training.recipe import Domain
+from persona.training.trained_on import write_trained_on
 
 
-class PersonaTrainer(Trainer):
+class AdapterTrainer(Trainer):
+    """transformers' Trainer for a `SoftPromptLM` whose `forward` gives the answer loss; only its own weights are kept.
+
+    The model has `save_pretrained(folder)` and `load_trained(folder)`, which takes back what was saved.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**inputs)
+        return (out["loss"], out) if return_outputs else out["loss"]
+
+    def _prepare_inputs(self, inputs):
+        return inputs  # the collator has put everything where the model is
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        (model or self.model).load_trained(Path(resume_from_checkpoint))
+
+
+class PersonaTrainer(AdapterTrainer):
     """Answer loss, plus `next_item_weight` x next-item loss on the states of the same batch."""
 
     def __init__(self, *args, next_item_weight: float = 0.0, **kwargs):
@@ -32,27 +55,11 @@ class PersonaTrainer(Trainer):
         self._texts = encoder.text_encoder.vectors(encoder.vocabulary.item_texts).to(encoder.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        out = model(**inputs)
-        loss = out["loss"]
+        loss, out = super().compute_loss(model, inputs, True)
         if self.next_item_weight:
             encoder = self.accelerator.unwrap_model(model).encoder
             loss = loss + self.next_item_weight * next_item_loss(encoder, out["states"], inputs["events"], self._texts)
         return (loss, out) if return_outputs else loss
-
-    def _prepare_inputs(self, inputs):
-        return inputs  # the collator has put everything where the model is
-
-    def _save(self, output_dir: str | None = None, state_dict=None):
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        model, folder = model or self.model, Path(resume_from_checkpoint)
-        load_weights(model.encoder, folder / "encoder" / "model.safetensors")
-        load_weights(model.projector, folder / "projector.safetensors")
-        if model.adapter.lora:
-            from peft import load_peft_weights, set_peft_model_state_dict
-
-            set_peft_model_state_dict(model.llm, load_peft_weights(str(folder / "lora")))
 
 
 def train_adapter(
@@ -69,14 +76,10 @@ def train_adapter(
 ) -> PersonalizedLM:
     """Trains encoder and projector for `domain` on a frozen LLM and saves the adapter to `out`.
 
-    `pretrained` is the folder of a pre-trained encoder to start from; see `persona.training.pretrain`.
-
-    `resume` continues from the newest checkpoint in `out`, if there is one. Checkpoints are written four times a run
-    and removed when it ends. Raises `PersonaError` when an unfinished run lies in `out` and is not to be resumed.
+    `pretrained` is the folder of a pre-trained encoder to start from; see `persona.training.pretrain`. For `resume`
+    and its error see `fit`.
     """
-    checkpoint = get_last_checkpoint(str(out)) if Path(out).is_dir() else None
-    if checkpoint and not resume:
-        raise PersonaError(f"{checkpoint} is of an unfinished run: go on with --resume, or remove it to start anew")
+    refuse_unfinished(out, resume)
     recipe = domain.recipe
     config = recipe.training
     set_seed(config.seed)
@@ -84,7 +87,53 @@ def train_adapter(
     if config.lora_rank:
         model.add_lora(config.lora_rank)
     steps = steps or config.steps
-    trainer = PersonaTrainer(
+    examples = Examples(domain, steps * config.histories_per_step, without_history=without_history)
+    fit(
+        PersonaTrainer,
+        model,
+        examples,
+        Collator(model, config.seed),
+        config,
+        out,
+        steps=steps,
+        resume=resume,
+        report_to=report_to,
+        note={"without_history": without_history},
+        next_item_weight=0.0 if without_history or config.frozen_encoder else config.next_item_weight,
+    )
+    write_trained_on(domain.fingerprints(domain.train), out)
+    return model
+
+
+def refuse_unfinished(out: str | Path, resume: bool) -> str | None:
+    """The newest checkpoint in `out`, if any; raises `PersonaError` when there is one and it is not to be resumed."""
+    checkpoint = get_last_checkpoint(str(out)) if Path(out).is_dir() else None
+    if checkpoint and not resume:
+        raise PersonaError(f"{checkpoint} is of an unfinished run: go on with --resume, or remove it to start anew")
+    return checkpoint
+
+
+def fit(
+    trainer: type[AdapterTrainer],
+    model: SoftPromptLM,
+    examples: Dataset,
+    collate: Callable,
+    config: TrainingConfig,
+    out: str | Path,
+    *,
+    steps: int,
+    resume: bool,
+    report_to: str = "none",
+    note: Mapping[str, object] | None = None,
+    **options,
+) -> None:
+    """Trains what is trainable in `model` and saves it to `out`, with training.json, which also holds `note`.
+
+    `resume` continues from the newest checkpoint in `out`, if there is one. Checkpoints are written four times a run
+    and removed when it ends. Raises `PersonaError` when an unfinished run lies in `out` and is not to be resumed.
+    """
+    checkpoint = refuse_unfinished(out, resume)
+    made = trainer(
         model=model,
         args=training_arguments(
             config,
@@ -96,26 +145,24 @@ def train_adapter(
             save_total_limit=1,
             logging_steps=max(1, min(50, steps // 10)),
         ),
-        train_dataset=Examples(domain, steps * config.histories_per_step, without_history=without_history),
-        data_collator=Collator(model, config.seed),
-        next_item_weight=0.0 if without_history or config.frozen_encoder else config.next_item_weight,
+        train_dataset=examples,
+        data_collator=collate,
+        **options,
     )
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    model.save_pretrained(out)
+    made.train(resume_from_checkpoint=checkpoint)
+    model.eval().save_pretrained(out)
     record = {
         "steps": steps,
         "seconds": round(time.perf_counter() - start),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seed": config.seed,
-        "without_history": without_history,
+        **(note or {}),
     }
     (Path(out) / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    write_trained_on(domain, out)
     for folder in Path(out).glob("checkpoint-*"):
         shutil.rmtree(folder)
-    return model.eval()
 
 
 def new_model(

@@ -14,12 +14,10 @@ from persona.training.questions import Catalogue
 from persona.training.recipe import (
     Domain,
     SplitConfig,
-    check_unseen,
-    fingerprint,
     load_recipe,
     split_users,
-    write_trained_on,
 )
+from persona.training.trained_on import check_unseen, user_fingerprint, write_trained_on
 
 ADAPTERS = Path(__file__).parents[2] / "adapters"
 DEMO = ADAPTERS / "demo" / "recipe.yaml"
@@ -120,19 +118,19 @@ def test_no_records(domain, tmp_path):
 
 
 def test_users_somebody_was_trained_on_are_never_taken_for_test_users(domain, tmp_path):
-    write_trained_on(domain, tmp_path)
-    check_unseen(domain, domain.test + domain.validation, tmp_path)
+    write_trained_on(domain.fingerprints(domain.train), tmp_path)
+    check_unseen(domain.fingerprints(domain.test + domain.validation), tmp_path)
     with pytest.raises(DataError, match=r"trained on 1 of the 2 users"):
-        check_unseen(domain, [domain.train[0], domain.test[0]], tmp_path)
-    check_unseen(domain, domain.train, tmp_path / "a folder without a note")
+        check_unseen(domain.fingerprints([domain.train[0], domain.test[0]]), tmp_path)
+    check_unseen(domain.fingerprints(domain.train), tmp_path / "a folder without a note")
 
 
 def test_a_fingerprint_outlives_new_events_and_tells_namesakes_apart(domain):
     history = domain.histories[domain.train[0]]
     grown = history.of([*history.events, Event("search", 9e9, text="new")])
-    assert fingerprint(grown) == fingerprint(history) == fingerprint(history.last(10_000))
+    assert user_fingerprint(grown) == user_fingerprint(history) == user_fingerprint(history.last(10_000))
     namesake = history.of(domain.histories[domain.train[1]].events)
-    assert fingerprint(namesake) != fingerprint(history)
+    assert user_fingerprint(namesake) != user_fingerprint(history)
 
 
 def test_window_and_max_events_must_agree(tmp_path):

@@ -17,12 +17,13 @@ from persona.training.reference_lm import (
     PackedTrainer,
     build_reference_lm,
     collate_rows,
+    domain_readings,
 )
 
 
 @pytest.fixture(scope="module")
 def rows(domain, tokenizer):
-    return PackedRows(domain, tokenizer, size=50)
+    return PackedRows(domain_readings(domain), tokenizer, domain.recipe.lm, size=50)
 
 
 def blocks(row):
@@ -67,7 +68,7 @@ def test_a_packed_block_reads_as_the_chat_template_writes_it(rows, domain, token
 
 
 def test_rows_are_repeatable_and_hold_training_users_only(rows, domain, tokenizer):
-    again = PackedRows(domain, tokenizer, size=1000)
+    again = PackedRows(domain_readings(domain), tokenizer, domain.recipe.lm, size=1000)
     assert all(np.array_equal(rows[3][k], again[3][k]) for k in rows[3])
     held_back = {
         render_history(cut.history, domain.recipe.sources) for _, cut in domain.cuts(domain.test + domain.validation)
@@ -81,9 +82,7 @@ def test_rows_are_repeatable_and_hold_training_users_only(rows, domain, tokenize
 
 
 def test_a_context_too_small_for_any_row_is_an_error_and_not_an_endless_loop(domain, tokenizer):
-    recipe = replace(domain.recipe, lm=replace(domain.recipe.lm, context=8))
-    small = PackedRows(domain, tokenizer, size=1)
-    small.domain, small.config = domain, recipe.lm
+    small = PackedRows(domain_readings(domain), tokenizer, replace(domain.recipe.lm, context=8), size=1)
     with pytest.raises(RecipeError, match=r"lm\.context"):
         small[0]
 

@@ -29,7 +29,8 @@ from persona.evaluation.uqa.tasks import SUB_TASKS
 from persona.injection import PersonalizedLM
 from persona.training.pretrain import pretrain
 from persona.training.ranking import leave_one_out
-from persona.training.recipe import Domain, Recipe, check_unseen, write_trained_on
+from persona.training.recipe import Domain, Recipe
+from persona.training.trained_on import check_unseen, write_trained_on
 from persona.training.trainer import train_adapter
 
 CONTROL = "learned-prompt"
@@ -72,7 +73,7 @@ class UQA:
         strange = [name for name in domain.recipe.questions if name not in known]
         if strange:
             raise RecipeError(f"questions.{strange[0]} is not a sub-task of UQA; they are {', '.join(known)}")
-        check_unseen(domain, domain.test, llm)
+        check_unseen(domain.fingerprints(domain.test), llm)
         self.domain, self.llm, self.out, self.say = domain, llm, Path(out), say
         self._text_encoder: TextEncoder | None = None
 
@@ -112,7 +113,7 @@ class UQA:
             vocabulary = Vocabulary.fit(histories, recipe.sources)
             encoder = UserEncoder(recipe.encoder, vocabulary, self.text_encoder)
             pretrain(encoder, histories, held, recipe.pretraining, folder, steps=steps)
-            write_trained_on(domain, folder)
+            write_trained_on(domain.fingerprints(domain.train), folder)
         return folder
 
     def align(self, run: Run, steps: int | None = None) -> Path:
@@ -153,7 +154,7 @@ class UQA:
         folder = self.out / "align" / name
         if not (folder / "training.json").exists():
             raise PersonaError(f"{folder} holds no finished adapter; run the stage align first")
-        check_unseen(self.domain, self.domain.test, folder)
+        check_unseen(self.domain.fingerprints(self.domain.test), folder)
         return PersonalizedLM.from_pretrained(folder, str(self.llm), text_encoder=self.text_encoder)
 
     def _result(self, name: str, make: Callable[[], dict]) -> dict:

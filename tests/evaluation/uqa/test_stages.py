@@ -19,7 +19,8 @@ from persona.evaluation.uqa.tasks import DIMENSIONS
 from persona.injection import PersonalizedLM
 from persona.training.configs import PretrainingConfig
 from persona.training.questions import QuestionSpec
-from persona.training.recipe import Domain, load_recipe, write_trained_on
+from persona.training.recipe import Domain, load_recipe
+from persona.training.trained_on import write_trained_on
 
 DEMO = Path(__file__).parents[3] / "adapters" / "demo" / "recipe.yaml"
 BUY = {"source": "purchase", "attribute": "category", "choices": 3}
@@ -145,7 +146,7 @@ def test_what_is_refused(uqa_domain, shop, llm_path, tmp_path):
 
 def test_an_llm_that_has_seen_the_test_users_is_refused(uqa_domain, shop, tmp_path):
     other = Domain(replace(uqa_domain.recipe, split=replace(uqa_domain.recipe.split, seed=5)), shop)
-    write_trained_on(other, tmp_path)
+    write_trained_on(other.fingerprints(other.train), tmp_path)
     with pytest.raises(DataError, match="was trained on"):
         UQA(uqa_domain, tmp_path, tmp_path / "out")
 

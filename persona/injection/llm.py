@@ -1,0 +1,62 @@
+"""Loads the LLM: with its weights, or as a shell for an engine that holds them itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from persona.errors import CheckpointError
+
+_EMBEDDINGS = "embed_tokens.weight"
+
+
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_llm(name: str | Path, *, weights: bool = True, **kwargs):
+    """A causal LM and its tokenizer by name or path, in float32 unless told. Raises `CheckpointError`.
+
+    Without `weights` the LLM's parameters have shapes but no storage (torch's meta device), except for its input
+    embeddings, which are mapped from the file and cost memory only where they are read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if weights:
+            llm = AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **kwargs})
+        else:
+            with torch.device("meta"):
+                llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+            _map_embeddings(llm, name)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"the LLM {str(name)!r} cannot be loaded: {error}") from error
+    return llm.eval(), tokenizer
+
+
+def _map_embeddings(llm: nn.Module, name: str | Path) -> None:
+    """Gives a shell its input embeddings, memory-mapped, if they lie in a safetensors file under the usual name."""
+    for file in ("model.safetensors.index.json", "model.safetensors"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path and file.endswith(".json"):
+            shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
+            found = [shards[key] for key in shards if key.endswith(_EMBEDDINGS)]
+            path = found and cached_file(name, found[0])
+        if path:
+            break
+    else:
+        return
+    with safe_open(path, "pt") as weights:
+        keys = [key for key in weights.keys() if key.endswith(_EMBEDDINGS)]  # noqa: SIM118
+        if not keys:
+            return
+        embeddings = llm.get_input_embeddings()
+        embeddings.weight = nn.Parameter(weights.get_tensor(keys[0]), requires_grad=False)
+    if hasattr(embeddings, "scalar_embed_scale"):  # Gemma's, which lies in a buffer
+        embeddings.embed_scale = torch.tensor(embeddings.scalar_embed_scale)
