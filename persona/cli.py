@@ -39,6 +39,21 @@ def data_shop(
     _say(f"wrote the records of {users} users to {out}")
 
 
+@data_app.command("lamp")
+def data_lamp(
+    task: Annotated[str, typer.Option(help="1 to 7, or 2N.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    split: Annotated[str, typer.Option(help="user or time.")] = "time",
+    part: Annotated[list[str] | None, typer.Option(help="train, dev or test; repeat for several.")] = None,
+) -> None:
+    """Downloads the official files of a LaMP task, which have a licence of their own."""
+    from persona.evaluation.lamp.download import download_lamp
+    from persona.evaluation.lamp.files import PARTS
+    from persona.evaluation.lamp.tasks import read_task
+
+    download_lamp(read_task(task), split, out, part or PARTS, say=_say)
+
+
 @data_app.command("check")
 def data_check(recipe: Recipe, data: Data, strict: Strict = False) -> None:
     """Reads the records of a recipe and says what it found, bad rows included."""
@@ -60,6 +75,25 @@ def lm_build(
 
     out = out or recipe.parent / "lm"
     build_reference_lm(_domain(recipe, data, strict), out, steps=steps, report_to=report_to)
+    _say(f"saved the reference LM to {out}")
+
+
+@lm.command("lamp")
+def lm_lamp(
+    recipe: Annotated[Path, typer.Argument(help="Recipe in LaMP's form.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Where to save.")],
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the recipe's.")] = None,
+    report_to: ReportTo = "none",
+) -> None:
+    """Trains a small Llama from scratch on a task in LaMP's form."""
+    from persona.evaluation.lamp.lm import build_lamp_lm
+    from persona.evaluation.lamp.official import open_domain
+    from persona.evaluation.lamp.recipe import load_lamp_recipe
+
+    domain = open_domain(load_lamp_recipe(recipe), data)
+    _say(str(domain.report))
+    build_lamp_lm(domain, out, steps=steps, report_to=report_to)
     _say(f"saved the reference LM to {out}")
 
 
@@ -163,6 +197,33 @@ def bench_uqa(
         baselines=baselines,
         say=_say,
     )
+
+
+@bench.command("lamp")
+def bench_lamp(
+    recipe: Annotated[Path, typer.Argument(help="Recipe in LaMP's form, of records or of official files.")],
+    data: Data,
+    llm: Annotated[str, typer.Option(help="Hugging Face name or path of a causal LLM, which stays frozen.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; what lies there already is not made again.")],
+    method: Annotated[list[str] | None, typer.Option(help="A method, main or all; repeat for several.")] = None,
+    part: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    seed: Annotated[int, typer.Option(help="Seed of training, retrieval and intervals.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Steps of each training, not the recipe's.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the recipe to change, like encoder.width=128.")
+    ] = None,
+) -> None:
+    """LaMP: text, PPlug, LoRA and our user tokens on one task, with controls; answers in the official format, too."""
+    from persona.evaluation.lamp.bench import LampBench
+    from persona.evaluation.lamp.methods import read_methods
+    from persona.evaluation.lamp.table import lamp_table, markdown
+
+    quiet()
+    methods = read_methods(method or ["main"])
+    run = LampBench(recipe, data, llm, out, changes=change or (), part=part, seed=seed, steps=steps, say=_say)
+    result = lamp_table(run, list(methods))
+    typer.echo(f"\n{markdown(result)}")
+    _write(out / "results" / f"{result['name']}.json", result)
 
 
 @bench.command("official")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from persona.evaluation.lamp.recipe import load_lamp_recipe
 from persona.history.readers import read_histories
 from persona.history.render import render_history
 from persona.training.recipe import load_recipe
@@ -32,6 +33,14 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_recipe_loads(path):
     assert load_recipe(path).questions
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ADAPTERS.glob("*/lamp*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_a_recipe_in_the_form_of_lamp_loads(path):
+    recipe = load_lamp_recipe(path)
+    assert recipe.official or recipe.readers
 
 
 def test_the_csv_recipe_asks_as_the_other_does():

@@ -1,6 +1,7 @@
 """Pre-training quality: leave-one-out, full ranking over all items, for every backbone; popularity and item-KNN beside.
 
-    python benchmarks/uqa/ranking.py --data ml-100k --out benchmarks/results/uqa-ranking.json
+    python benchmarks/uqa/ranking.py --data ml-100k --set encoder.dropout=0.3 --steps 1000 \
+        --out benchmarks/results/uqa-ranking.json
 
 Of each user the last event is the test, the one before it chooses the step, and the rest is for training. Each model is
 ranked twice: among all items, as in most public results, and without the films that a user has seen, which the floors
@@ -46,7 +47,7 @@ VARIANTS = {
 def main(args: argparse.Namespace) -> None:
     """Trains and ranks; the file is written anew after every model, so that a stopped run has shown something."""
     quiet()
-    recipe = load_recipe(args.recipe)
+    recipe = load_recipe(args.recipe, args.change)
     histories = list(read_histories(recipe.readers, args.data)[0].values())
     test, validation = leave_one_out(histories), leave_one_out(histories, -2)
     vocabulary = Vocabulary.fit(validation.histories, recipe.sources, min_count=1)
@@ -142,6 +143,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder of the records")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--recipe", default="adapters/movies/uqa.yaml")
+    parser.add_argument("--set", dest="change", nargs="+", default=[], help="fields of the recipe to change")
     parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=DEFAULT)
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--resume", action="store_true", help="keep the models that the file has")

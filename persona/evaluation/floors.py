@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 import numpy as np
 
 from persona.evaluation.collaborative import Ease, ItemCosine
+from persona.history import History
 from persona.training.questions import NO, YES, Cut, Question, build_questions
 from persona.training.recipe import Domain
 
@@ -20,12 +22,14 @@ class Floors:
     def __init__(self, domain: Domain):
         self.domain = domain
         self.specs = domain.recipe.questions
-        events = [e for u in domain.train for e in domain.histories[u].events]
+        histories = [domain.histories[u] for u in domain.train]
+        events = [e for h in histories for e in h.events]
         valued = {e.source for e in events if e.value is not None}
         with_ids = {e.source for e in events if e.item_id is not None}
         specs = self.specs.items()
-        self._bias = {n: ItemBias(domain, s.source) for n, s in specs if s.kind == "next_value" and s.source in valued}
-        histories = [domain.histories[u] for u in domain.train]
+        self._bias = {
+            n: ItemBias(histories, s.source) for n, s in specs if s.kind == "next_value" and s.source in valued
+        }
         chosen = {s.source for _, s in specs if s.kind == "next_item" and s.source in with_ids}
         self._cosine = {source: ItemCosine(histories, source) for source in chosen}
         self._ease = {source: Ease(histories, source) for source in chosen}
@@ -58,7 +62,7 @@ class Floors:
         model = self._bias.get(question.task)
         if model is None:
             return None
-        guess = model.predict(cut, item_id)
+        guess = model.predict(cut.history, item_id)
         return {option: -abs(float(option) - guess) for option in question.options}
 
     def cosine(self, question: Question, cut: Cut, item_id: str | None) -> dict[str, float] | None:
@@ -79,21 +83,20 @@ class Floors:
 class ItemBias:
     """Value = mean + item bias + user bias, both shrunk (Koren et al. 2009); the user's from the history alone."""
 
-    def __init__(self, domain: Domain, source: str, shrink: float = 5.0):
+    def __init__(self, histories: Iterable[History], source: str, shrink: float = 5.0):
         self.source, self.shrink = source, shrink
-        events = [e for u in domain.train for e in domain.histories[u].events if e.source == source]
-        events = [e for e in events if e.value is not None]
+        events = [e for h in histories for e in h.events if e.source == source and e.value is not None]
         self.mean = float(np.mean([e.value for e in events]))
         residuals = defaultdict(list)
         for event in events:
             residuals[event.item_id].append(event.value - self.mean)
         self.item = {i: sum(r) / (len(r) + shrink) for i, r in residuals.items()}
 
-    def predict(self, cut: Cut, item_id: str | None) -> float:
+    def predict(self, history: History, item_id: str | None) -> float:
         """Expected value of `item_id` for this user."""
         own = [
             e.value - self.mean - self.item.get(e.item_id, 0.0)
-            for e in cut.history.events
+            for e in history.events
             if e.source == self.source and e.value is not None
         ]
         return self.mean + self.item.get(item_id, 0.0) + sum(own) / max(len(own) + self.shrink, 1)

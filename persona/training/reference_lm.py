@@ -206,6 +206,7 @@ class PackedRows(Dataset):
         while True:
             plain = rng.random() < self.config.plain_share
             reading = self.draw(rng)
+            plain = plain or not reading.history
             prefix = [] if plain else self._prefix(reading)
             blocks = [self._block("" if plain else reading.glue, *pair) for pair in reading.questions]
             if not blocks or used + len(prefix) + len(blocks[0][0]) > size:

@@ -1,0 +1,95 @@
+"""Writes the tables of the LaMP runs between their markers in benchmarks/README.md and README.md.
+
+python benchmarks/lamp/report.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from persona.evaluation.lamp.methods import METHODS
+from persona.evaluation.lamp.table import interval_cell, shown
+from persona.evaluation.lamp.tasks import TASKS
+from persona.evaluation.report import replace_section
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SHORT = ("no_history", "bm25_k4", "learned_prompt", "shuffled_user", "pplug", "ours", "ours_bm25_k1", "lora_bm25_k4")
+"""Rows of the README's table."""
+
+
+def main() -> None:
+    """All tables for which there are results."""
+    details, readme = ROOT / "benchmarks" / "README.md", ROOT / "README.md"
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((RESULTS / "lamp").glob("*.json"))]
+    replace_section(details, "lamp", "\n\n".join(map(table, results)))
+    replace_section(details, "lamp-ablation", "\n\n".join(map(ablation, results)))
+    replace_section(readme, "lamp", "\n\n".join(table(result, SHORT) for result in results))
+    file = RESULTS / "lamp-speed.json"
+    text = speed(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "(not measured yet)"
+    replace_section(details, "lamp-speed", text)
+
+
+def table(result: dict, names: tuple[str, ...] | None = None) -> str:
+    """Floors, then the methods, with ours minus each of them."""
+    metrics = shown(TASKS[result["task"]])
+    main = names or [name for name in result["results"] if name not in METHODS or not METHODS[name].ablation]
+    return "\n".join([title(result), "", *rows(result, main, metrics), "", caption(result)])
+
+
+def ablation(result: dict) -> str:
+    """Ours and PPlug, and each row that takes something away."""
+    names = ["ours", "pplug", *(name for name, method in METHODS.items() if method.ablation)]
+    metrics = shown(TASKS[result["task"]])
+    return "\n".join([title(result), "", *rows(result, names, metrics)])
+
+
+def rows(result: dict, names, metrics: list[str]) -> list[str]:
+    """Lines of a table of these methods, as far as they were run."""
+    first = {"rmse": "mse"}  # the metric that is a mean, for differences
+    compared = first.get(metrics[0], metrics[0])
+    lines = [
+        "| | " + " | ".join(metrics) + f" | ours minus it, {compared} | prompt tokens | s / example |",
+        "|---" * (len(metrics) + 4) + "|",
+    ]
+    for name in names:
+        row = result["results"].get(name)
+        if row is None:
+            continue
+        cells = [interval_cell(row[metric]) for metric in metrics]
+        paired = result["paired"].get(name, {}).get(compared)
+        cells.append(f"{paired['value']:+.3f} [{paired['low']:+.3f}, {paired['high']:+.3f}]" if paired else "")
+        cost = [row.get("tokens", ""), row.get("seconds", "")]
+        lines.append(f"| {name} | " + " | ".join(map(str, [*cells, *cost])) + " |")
+    return lines
+
+
+def title(result: dict) -> str:
+    """What was asked."""
+    less = " (less is better)" if TASKS[result["task"]].kind == "rating" else ""
+    return f"**{result['name']}**, the form of {result['task']}{less}"
+
+
+def caption(result: dict) -> str:
+    """What is needed to read the table."""
+    n, config = result["n"], result["config"]
+    return (
+        f"{n['questions']} questions of {n['users']} users, profiles of {n['mean_profile']:.0f} items on average, "
+        f"split by {config['split']}; {n['gold_in_profile']} gold answers stand in the user's own profile. "
+        f"Bootstrap 95% intervals over users. LLM `{config['llm']}`, prompts of at most {config['max_length']} tokens, "
+        f"greedy. Each trained method had {config['steps']} steps. Seed {result['seed']}. "
+        f"Made by `{result['command']}`."
+    )
+
+
+def speed(result: dict) -> str:
+    """Texts a second, and milliseconds of a retrieval."""
+    lines = ["| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in result["results"].items()]
+    lines += ["", f"{result['machine']}. Made by `{result['command']}`."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

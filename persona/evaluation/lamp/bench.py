@@ -1,0 +1,190 @@
+"""`LampBench`: trains each method that learns something, lets all of them answer, and scores the answers.
+
+Each step writes into the run's folder and is skipped when its result lies there, so a run that was stopped goes on:
+
+    trained/NAME/             weights of a method
+    predictions/NAME.json     answers in the official format
+    results/NAME.json         metrics with intervals, tokens and seconds
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from transformers import set_seed
+
+from persona.encoders import TextEncoder, UserEncoder, Vocabulary
+from persona.errors import PersonaError
+from persona.evaluation.lamp.files import write_predictions
+from persona.evaluation.lamp.methods import METHODS, Method
+from persona.evaluation.lamp.models import OurLM, PlainLM, other_people
+from persona.evaluation.lamp.official import open_domain
+from persona.evaluation.lamp.pplug import PPlug, PPlugTrainer
+from persona.evaluation.lamp.prompts import profile_prompt
+from persona.evaluation.lamp.recipe import LampRecipe, load_lamp_recipe
+from persona.evaluation.lamp.retrieval import Bm25, Dense, Random, Recency
+from persona.evaluation.lamp.sample import Sample
+from persona.evaluation.lamp.training import Collate, Draws, Write
+from persona.evaluation.lamp.user_lora import UserLora
+from persona.injection import SoftPromptLM, load_llm
+from persona.injection.llm import default_device
+from persona.training.trained_on import check_unseen, write_trained_on
+from persona.training.trainer import AdapterTrainer, PersonaTrainer, fit
+
+BATCH = 32
+"""Questions answered at once."""
+
+
+class LampBench:
+    """The methods on one domain, one LLM, one seed, in one folder.
+
+    Raises `DataError` for an LLM that has seen what is asked in the test.
+    """
+
+    def __init__(
+        self,
+        recipe: str | Path,
+        data: str | Path,
+        llm: str | Path,
+        out: str | Path,
+        *,
+        changes: Sequence[str] = (),
+        part: str = "test",
+        seed: int = 0,
+        steps: int | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        if part not in ("validation", "test"):
+            raise PersonaError(f"--part is validation or test, not {part!r}")
+        self.recipe_path, self.changes, self.llm, self.out = recipe, tuple(changes), llm, Path(out)
+        self.part, self.seed, self.steps, self.say = part, seed, steps, say
+        self.domain = open_domain(load_lamp_recipe(recipe, changes), data)
+        say(str(self.domain.report))
+        check_unseen(self.domain.fingerprints(part), llm, "questions")
+        self.samples = self.domain.samples(part)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """One for all methods, so that each text is encoded once."""
+        return TextEncoder(self.domain.recipe.encoder.text_encoder)
+
+    @cached_property
+    def retrievers(self) -> dict[str, Callable]:
+        """By the names that `Method.retriever` knows."""
+        return {"bm25": Bm25(), "dense": Dense(self.text_encoder), "recency": Recency(), "random": Random(self.seed)}
+
+    def recipe(self, method: Method) -> LampRecipe:
+        """The recipe with what a method changes."""
+        recipe = load_lamp_recipe(self.recipe_path, [*self.changes, *method.changes])
+        return replace(recipe, training=replace(recipe.training, seed=self.seed))
+
+    def write(self, method: Method, tokenizer) -> Write:
+        """What the LLM reads of a sample as text, cut at `max_length` tokens as the benchmark's tokenizer does."""
+        task, most = self.domain.task, self.domain.recipe.max_length
+
+        def write(sample: Sample) -> str:
+            items = self.retrievers[method.retriever](sample, task, method.items) if method.retriever else []
+            text = profile_prompt(task, sample.input, items, tokenizer, most)
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            return text if len(ids) <= most else tokenizer.decode(ids[:most]).rstrip("\ufffd")
+
+        return write
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def untrained(self, method: Method) -> SoftPromptLM:
+        """The model that a method trains, or the LLM alone."""
+        llm, tokenizer = load_llm(self.llm)
+        recipe = self.recipe(method)
+        set_seed(self.seed)
+        if method.model == "ours":
+            vocabulary = Vocabulary.fit(self.domain.histories(), self.domain.sources)
+            encoder = UserEncoder(recipe.encoder, vocabulary, self.text_encoder)
+            model = OurLM(llm, tokenizer, encoder, recipe, without_history=method.profile == "none")
+        elif method.model == "pplug":
+            model = PPlug(llm, tokenizer, self.text_encoder, recipe)
+        else:
+            model = PlainLM(llm, tokenizer)
+            if method.model != "llm":
+                model.add_lora(recipe.lora.rank)
+        return model.to(default_device())
+
+    def trained(self, name: str) -> SoftPromptLM:
+        """The model of a method with its weights, trained now unless they lie in the run's folder."""
+        method = METHODS[name]
+        if method.trained:
+            return self.trained(method.trained)
+        model = self.untrained(method)
+        if method.model == "llm":
+            return model.eval()
+        folder = self.out / "trained" / f"{name}-s{self.seed}"
+        if (folder / "training.json").exists():
+            check_unseen(self.domain.fingerprints(self.part), folder, "questions")
+            model.load_trained(folder)
+            return model.eval()
+        self.say(f"training {folder.name}")
+        recipe = self.recipe(method)
+        config = recipe.training
+        if method.model == "lora":
+            config = replace(config, learning_rate=recipe.lora.learning_rate)
+        steps = self.steps or config.steps
+        options = {}
+        if method.model == "ours":
+            options["next_item_weight"] = 0.0 if method.profile == "none" else config.next_item_weight
+        fit(
+            {"ours": PersonaTrainer, "pplug": PPlugTrainer}.get(method.model, AdapterTrainer),
+            model,
+            Draws(self.domain, steps * config.histories_per_step, self.seed),
+            Collate(model, self.write(method, model.template.tokenizer), self.seed, prefixes=method.model == "ours"),
+            config,
+            folder,
+            steps=steps,
+            resume=True,
+            **options,
+        )
+        write_trained_on(self.domain.fingerprints("train"), folder)
+        return model.eval()
+
+    # --- answering ----------------------------------------------------------------------------------------------
+
+    def predictions(self, name: str) -> dict:
+        """The answers of a method by sample id, with tokens and seconds: `{"answers", "tokens", "seconds"}`."""
+        file = self.out / "predictions" / f"{name}-s{self.seed}.json"
+        cost = file.with_suffix(".cost.json")
+        if not cost.exists():
+            method = METHODS[name]
+            model = self.trained(name)
+            self.say(f"answering with {name}")
+            made = self._answers(method, model)
+            write_predictions(file, self.domain.task, made.pop("answers"))
+            cost.write_text(json.dumps(made, indent=1) + "\n")
+        found = json.loads(file.read_text(encoding="utf-8"))["golds"]
+        return {"answers": {a["id"]: a["output"] for a in found}, **json.loads(cost.read_text())}
+
+    def _answers(self, method: Method, model: SoftPromptLM) -> dict:
+        asked = other_people(self.samples) if method.profile == "other" else self.samples
+        write = self.write(method, model.template.tokenizer)
+        if method.model == "user_lora":
+            answerer = UserLora(model, self.recipe(method), write)
+            return answerer.answers(self.samples)
+        texts = [write(sample) for sample in self.samples]
+        answers: dict[str, str] = {}
+        tokens, start = 0, time.perf_counter()
+        count = method.tokens or model.soft
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for first in range(0, len(order), BATCH):
+            part = order[first : first + BATCH]
+            rows = model.rows([asked[i] for i in part])
+            prompts = [model.template.prompt(texts[i], count if rows is not None else 0) for i in part]
+            tokens += sum(len(prompt.ids) for prompt in prompts)
+            flat = None if rows is None else rows[:, :count].flatten(0, 1)
+            made = model.complete(prompts, flat, max_new_tokens=self.domain.recipe.new_tokens)
+            answers |= {self.samples[i].id: text for i, text in zip(part, made)}
+        seconds = (time.perf_counter() - start) / len(texts)
+        ordered = {sample.id: answers[sample.id] for sample in self.samples}
+        return {"answers": ordered, "tokens": round(tokens / len(texts), 1), "seconds": round(seconds, 4)}

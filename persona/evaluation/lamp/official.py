@@ -1,0 +1,73 @@
+"""`OfficialDomain`: LaMP's own files in the place of a `LampDomain`, and `open_domain`, which knows which is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from persona.errors import DataError
+from persona.evaluation.lamp.domain import PROFILE, Draw, LampDomain
+from persona.evaluation.lamp.files import SOURCE, official_paths, read_samples
+from persona.evaluation.lamp.recipe import LampRecipe
+from persona.evaluation.lamp.sample import Sample
+from persona.evaluation.lamp.tasks import TASKS, Task
+from persona.history import History, SourceSpec
+from persona.training.trained_on import fingerprint
+
+
+class OfficialDomain:
+    """The train and dev files of a task: dev is the test, since test outputs are not public; a part of train validates.
+
+    All questions are held in memory, with the newest 512 items of each profile: some 1.5 GB for the largest tasks.
+    """
+
+    def __init__(self, recipe: LampRecipe, data: str | Path):
+        self.recipe, self.sources = recipe, {SOURCE: SourceSpec("text")}
+        train, dev = self._read(Path(data), "train"), self._read(Path(data), "dev")
+        order = np.random.default_rng([recipe.split.seed, 0]).permutation(len(train))
+        held = round(recipe.split.validation * len(train))
+        self.validation = [train[i] for i in order[:held][: recipe.split.most]]
+        self.train = [train[i] for i in order[held:]]
+        chosen = np.random.default_rng([recipe.split.seed, 2]).permutation(len(dev))[: recipe.split.most]
+        self.test = [dev[i] for i in sorted(chosen)]
+        self.report = f"{recipe.task}: {len(train)} train and {len(dev)} dev questions"
+        if not (self.train and self.validation and self.test):
+            raise DataError(f"{self.report}: too few to train, validate and test")
+
+    def _read(self, data: Path, part: str) -> list[Sample]:
+        questions, outputs = official_paths(data, self.task, self.recipe.official, part)
+        samples = read_samples(questions, outputs, self.task)
+        return [replace(s, id=f"{part}/{s.id}", profile=s.profile.last(PROFILE)) for s in samples]
+
+    @property
+    def task(self) -> Task:
+        """The LaMP task."""
+        return TASKS[self.recipe.task]
+
+    def samples(self, part: str) -> list[Sample]:
+        """The questions of "validation" or "test"."""
+        return {"validation": self.validation, "test": self.test}[part]
+
+    def fingerprints(self, part: str) -> set[str]:
+        """Of questions."""
+        return {fingerprint(sample.id) for sample in (self.train if part == "train" else self.samples(part))}
+
+    def draw(self, rng: np.random.Generator, most: int | None = None) -> Draw:
+        """A random training question, with some of its profile dropped as the recipe says."""
+        config, sample = self.recipe.training, self.train[rng.integers(len(self.train))]
+        share = rng.random() * config.drop_events
+        events = [event for event in sample.profile.events if rng.random() >= share]
+        return Draw(sample.profile.of(events), ((sample.input, sample.output),))
+
+    def histories(self) -> Iterator[History]:
+        """Profiles of training questions."""
+        for sample in self.train:
+            yield sample.profile
+
+
+def open_domain(recipe: LampRecipe, data: str | Path) -> LampDomain | OfficialDomain:
+    """The records, or the official files, of a recipe."""
+    return OfficialDomain(recipe, data) if recipe.official else LampDomain(recipe, data)
