@@ -83,17 +83,18 @@ def lm_lamp(
     recipe: Annotated[Path, typer.Argument(help="Recipe in LaMP's form.")],
     data: Data,
     out: Annotated[Path, typer.Option(help="Where to save.")],
+    start: Annotated[Path | None, typer.Option(help="Reference LM to go on from, instead of from scratch.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the recipe's.")] = None,
     report_to: ReportTo = "none",
 ) -> None:
-    """Trains a small Llama from scratch on a task in LaMP's form."""
+    """Trains a small Llama on a task in LaMP's form."""
     from persona.evaluation.lamp.lm import build_lamp_lm
     from persona.evaluation.lamp.official import open_domain
     from persona.evaluation.lamp.recipe import load_lamp_recipe
 
     domain = open_domain(load_lamp_recipe(recipe), data)
-    _say(str(domain.report))
-    build_lamp_lm(domain, out, steps=steps, report_to=report_to)
+    _say(str(domain))
+    build_lamp_lm(domain, out, start=start, steps=steps, report_to=report_to)
     _say(f"saved the reference LM to {out}")
 
 
@@ -212,6 +213,10 @@ def bench_lamp(
     change: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the recipe to change, like encoder.width=128.")
     ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Instead of a run: write the methods that are text as lm-evaluation-harness tasks."),
+    ] = None,
 ) -> None:
     """LaMP: text, PPlug, LoRA and our user tokens on one task, with controls; answers in the official format, too."""
     from persona.evaluation.lamp.bench import LampBench
@@ -221,6 +226,11 @@ def bench_lamp(
     quiet()
     methods = read_methods(method or ["main"])
     run = LampBench(recipe, data, llm, out, changes=change or (), part=part, seed=seed, steps=steps, say=_say)
+    if export:
+        for name, chosen in methods.items():
+            if chosen.model == "llm":
+                _say(f"wrote {run.export(name, export)}")
+        return
     result = lamp_table(run, list(methods))
     typer.echo(f"\n{markdown(result)}")
     _write(out / "results" / f"{result['name']}.json", result)

@@ -70,11 +70,15 @@ def train_lm(
     out: str | Path,
     *,
     steps: int | None = None,
+    start: LlamaForCausalLM | None = None,
     report_to: str = "none",
 ) -> None:
-    """Trains a Llama on packed rows of what `draw` gives and saves it with its tokenizer to `out`."""
+    """Trains a Llama on packed rows of what `draw` gives and saves it with its tokenizer to `out`.
+
+    It goes on from `start`, whose tokenizer this must be, or begins anew by `config`.
+    """
     set_seed(config.seed)
-    model = LlamaForCausalLM(_llama_config(config, tokenizer))
+    model = start or LlamaForCausalLM(_llama_config(config, tokenizer))
     steps = steps or config.steps
     trainer = PackedTrainer(
         model=model,

@@ -28,11 +28,15 @@ def write_trained_on(fingerprints: Iterable[str], folder: str | Path) -> None:
     (Path(folder) / TRAINED_ON).write_text(json.dumps(sorted(set(fingerprints)), indent=0) + "\n")
 
 
+def trained_on(folder: str | Path) -> set[str]:
+    """What is noted in `folder`; nothing where there is no note."""
+    file = Path(folder) / TRAINED_ON
+    return set(json.loads(file.read_text())) if file.exists() else set()
+
+
 def check_unseen(fingerprints: Collection[str], folder: str | Path, what: str = "users") -> None:
     """Raises `DataError` if what lies in `folder` was trained on any of these; without a note nothing is known."""
-    file = Path(folder) / TRAINED_ON
-    seen = set(json.loads(file.read_text())) if file.exists() else set()
-    if known := seen.intersection(fingerprints):
+    if known := trained_on(folder).intersection(fingerprints):
         raise DataError(
             f"{folder} was trained on {len(known)} of the {len(set(fingerprints))} {what} to be asked: the records or "
             "the split have changed since. Train again, or bring the records that it was trained with"

@@ -52,11 +52,12 @@ def test_item_cosine_prefers_what_the_same_users_took(domain):
 
 
 def test_bias_adds_shrunk_item_and_user_means(domain):
-    floor = ItemBias(domain, "r", shrink=0.0)
-    assert floor.predict(cut(), "a") == pytest.approx(5.0)
-    assert floor.predict(cut(("b", 4.0)), "a") == pytest.approx(6.0)  # this user gives one more than others
-    assert floor.predict(cut(), "never seen") == pytest.approx(floor.mean)
-    assert abs(ItemBias(domain, "r", shrink=5.0).predict(cut(), "a") - floor.mean) < abs(5.0 - floor.mean)
+    histories = [domain.histories[user] for user in domain.train]
+    floor = ItemBias(histories, "r", shrink=0.0)
+    assert floor.predict(cut().history, "a") == pytest.approx(5.0)
+    assert floor.predict(cut(("b", 4.0)).history, "a") == pytest.approx(6.0)  # this user gives one more than others
+    assert floor.predict(cut().history, "never seen") == pytest.approx(floor.mean)
+    assert abs(ItemBias(histories, "r", shrink=5.0).predict(cut().history, "a") - floor.mean) < abs(5.0 - floor.mean)
 
 
 def test_floors_answer_only_what_they_can(domain):

@@ -93,6 +93,31 @@ def test_typed_records(tmp_path, name):
     assert events == {"1": (Event("s", None, "a, b", "2", 0.5),), "12345678901234567": (Event("s"),)}
 
 
+def test_a_list_of_users_gives_the_event_to_each_of_them_once(tmp_path):
+    cells = ['["ann", "bob"]', '["bob", 7, "bob"]', "[]", '["ann", ""]', '["ann", null]', '["ann", ["bob"]]', '"ann"']
+    write(tmp_path / "a.jsonl", "".join(f'{{"user": {cell}, "n": {n}}}\n' for n, cell in enumerate(cells)))
+    events, report = read(tmp_path, spec("a.jsonl", item_id="n"))
+    assert {user: [e.item_id for e in own] for user, own in events.items()} == {
+        "ann": ["0", "6"],
+        "bob": ["0", "1"],
+        "7": ["1"],
+    }
+    assert {key[1:]: (bad.count, [e.split()[0] for e in bad.examples]) for key, bad in report.bad.items()} == {
+        ("user", "is missing"): (3, ["a.jsonl:3", "a.jsonl:4", "a.jsonl:5"]),
+        ("user", "is not an id"): (1, ["a.jsonl:6"]),
+    }
+    assert (report.rows, report.events, report.users, report.bad_rows) == (7, 3, 3, 4)
+    with pytest.raises(DataError, match=r"^a\.jsonl, line 3: user is missing"):
+        read(tmp_path, spec("a.jsonl"), strict=True)
+
+
+def test_a_list_of_users_in_parquet_and_one_with_an_impossible_id(tmp_path):
+    records = [{"user": ["ann", "bob"]}, {"user": []}, {"user": ["ann", "x" * 300]}]
+    write_records(tmp_path / "a.parquet", records)
+    events, report = read(tmp_path, spec("a.parquet"))
+    assert events == {"ann": (Event("s"),), "bob": (Event("s"),)} and report.bad_rows == 2
+
+
 def test_dates_in_parquet(tmp_path):
     moment = datetime(2020, 1, 1, 12, tzinfo=UTC)
     record = {"user": "u", "a": moment, "b": moment.replace(tzinfo=None), "c": date(2020, 1, 1)}

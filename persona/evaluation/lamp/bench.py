@@ -2,9 +2,9 @@
 
 Each step writes into the run's folder and is skipped when its result lies there, so a run that was stopped goes on:
 
-    trained/NAME/             weights of a method
-    predictions/NAME.json     answers in the official format
-    results/NAME.json         metrics with intervals, tokens and seconds
+    trained/NAME/                weights of a method
+    predictions/PART/NAME.json   answers in the official format
+    run.json                     recipe, LLM and steps, so that two runs are never mixed
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import AutoTokenizer, set_seed
 
 from persona.encoders import TextEncoder, UserEncoder, Vocabulary
 from persona.errors import PersonaError
 from persona.evaluation.lamp.files import write_predictions
+from persona.evaluation.lamp.lm_eval import export_lm_eval
 from persona.evaluation.lamp.methods import METHODS, Method
 from persona.evaluation.lamp.models import OurLM, PlainLM, other_people
 from persona.evaluation.lamp.official import open_domain
@@ -33,7 +34,7 @@ from persona.evaluation.lamp.training import Collate, Draws, Write
 from persona.evaluation.lamp.user_lora import UserLora
 from persona.injection import SoftPromptLM, load_llm
 from persona.injection.llm import default_device
-from persona.training.trained_on import check_unseen, write_trained_on
+from persona.training.trained_on import check_unseen, fingerprint, write_trained_on
 from persona.training.trainer import AdapterTrainer, PersonaTrainer, fit
 
 BATCH = 32
@@ -61,12 +62,34 @@ class LampBench:
     ):
         if part not in ("validation", "test"):
             raise PersonaError(f"--part is validation or test, not {part!r}")
-        self.recipe_path, self.changes, self.llm, self.out = recipe, tuple(changes), llm, Path(out)
+        self.changes, self.llm, self.out = tuple(changes), llm, Path(out)
         self.part, self.seed, self.steps, self.say = part, seed, steps, say
+        self.recipes = {  # read once: a file that is edited meanwhile changes no run
+            method.changes: load_lamp_recipe(recipe, [*changes, *method.changes]) for method in METHODS.values()
+        }
         self.domain = open_domain(load_lamp_recipe(recipe, changes), data)
-        say(str(self.domain.report))
-        check_unseen(self.domain.fingerprints(part), llm, "questions")
+        say(str(self.domain))
         self.samples = self.domain.samples(part)
+        self._claim_folder()
+
+    def _claim_folder(self) -> None:
+        """Raises `PersonaError` if the folder holds another run, and `DataError` if the LLM has seen the questions."""
+        asked = [(s.id, s.input, s.output) for part in ("validation", "test") for s in self.domain.samples(part)]
+        mine = {
+            "recipe": repr(self.domain.recipe),
+            "records": fingerprint(asked),
+            "llm": str(self.llm),
+            "steps": self.steps,
+        }
+        file = self.out / "run.json"
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else mine
+        if other := [name for name in mine if known.get(name) != mine[name]]:
+            raise PersonaError(
+                f"{self.out} holds a run with another {' and '.join(other)}; give this one its own --out"
+            )
+        check_unseen(self.domain.fingerprints(self.part), self.llm, "questions")
+        self.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -80,7 +103,7 @@ class LampBench:
 
     def recipe(self, method: Method) -> LampRecipe:
         """The recipe with what a method changes."""
-        recipe = load_lamp_recipe(self.recipe_path, [*self.changes, *method.changes])
+        recipe = self.recipes[method.changes]
         return replace(recipe, training=replace(recipe.training, seed=self.seed))
 
     def write(self, method: Method, tokenizer) -> Write:
@@ -94,6 +117,13 @@ class LampBench:
             return text if len(ids) <= most else tokenizer.decode(ids[:most]).rstrip("\ufffd")
 
         return write
+
+    def export(self, name: str, out: str | Path) -> Path:
+        """A method that is text alone as a task of lm-evaluation-harness; see `export_lm_eval`."""
+        tokenizer = AutoTokenizer.from_pretrained(self.llm)
+        recipe, write = self.domain.recipe, self.write(METHODS[name], tokenizer)
+        task = f"{recipe.name}-{name}"
+        return export_lm_eval(self.samples, self.domain.task, task, Path(out), write, recipe.new_tokens)
 
     # --- training -----------------------------------------------------------------------------------------------
 
@@ -154,7 +184,7 @@ class LampBench:
 
     def predictions(self, name: str) -> dict:
         """The answers of a method by sample id, with tokens and seconds: `{"answers", "tokens", "seconds"}`."""
-        file = self.out / "predictions" / f"{name}-s{self.seed}.json"
+        file = self.out / "predictions" / self.part / f"{name}-s{self.seed}.json"
         cost = file.with_suffix(".cost.json")
         if not cost.exists():
             method = METHODS[name]

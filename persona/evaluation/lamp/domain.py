@@ -16,9 +16,9 @@ from persona.evaluation.lamp.tasks import TASKS, Task
 from persona.history import Event, History
 from persona.history.readers import ReadReport, read_histories
 from persona.history.render import render_event
-from persona.training.configs import SplitConfig
+from persona.training.configs import SplitConfig, TrainingConfig
 from persona.training.recipe import split_users
-from persona.training.trained_on import fingerprint
+from persona.training.trained_on import fingerprint, user_fingerprint
 
 PROFILE = 512
 """Newest items of a profile; PPlug (arXiv 2409.11901) reads so many."""
@@ -34,17 +34,29 @@ class Draw:
     """(input, output), at least one."""
 
 
+def shortened(events: Sequence[Event], rng: np.random.Generator, config: TrainingConfig) -> list[Event]:
+    """A training profile, cut to its newest 1-15 items or thinned as `config` says; it keeps at least one item."""
+    if rng.random() < config.short_share:
+        events = events[-int(rng.integers(1, 16)) :]
+    share = rng.random() * config.drop_events
+    return [event for event in events if rng.random() >= share] or list(events[-1:])
+
+
 class LampDomain:
     """Records in LaMP's form. `validation` and `test` are lists of `Sample`; `draw` gives what training sees.
 
-    An event's profile is what its user did strictly before it. Raises `DataError` when a part has no question.
+    An event's profile is what its user did strictly before it. Events without one of the task's fields are neither
+    asked nor shown, and counted in `incomplete`. Raises `DataError` when a part has no question, and for an answer
+    that the task does not know.
     """
 
     def __init__(self, recipe: LampRecipe, data: str | Path, *, strict: bool = False):
         self.recipe, self.sources = recipe, recipe.sources
         self.report: ReadReport
+        self.incomplete = 0
         histories, self.report = read_histories(recipe.readers, data, strict=strict)
         profiles = {user: self._profile(history) for user, history in sorted(histories.items())}
+        self._people = {user: user_fingerprint(history) for user, history in histories.items()}
         by_time = recipe.split.by == "time"
         self.train, validation, test = (self._by_time if by_time else self._by_user)(profiles)
         self.validation = self._some(validation, 1)
@@ -53,6 +65,10 @@ class LampDomain:
         for name, part in (("train", self._places), ("validation", self.validation), ("test", self.test)):
             if not part:
                 raise DataError(f"{recipe.name}: no question for {name}. What was read: {self.report}")
+
+    def __str__(self) -> str:
+        missing = f" {self.incomplete} events lack a field of {self.task.name}: left out." if self.incomplete else ""
+        return f"{self.report}{missing}"
 
     @property
     def task(self) -> Task:
@@ -70,7 +86,7 @@ class LampDomain:
         else:
             items = ((s.profile.user, s.target) for s in self.samples(part))
         by_time = self.recipe.split.by == "time"
-        return {fingerprint(event.event_id) if by_time else fingerprint(user) for user, event in items}
+        return {fingerprint(event.event_id) if by_time else self._people[user] for user, event in items}
 
     def draw(self, rng: np.random.Generator, most: int | None = None) -> Draw:
         """A random training event with its profile, of which the recipe drops some, and the events after it.
@@ -80,17 +96,18 @@ class LampDomain:
         config = self.recipe.training
         user, at = self._places[rng.integers(len(self._places))]
         history = self.train[user]
-        before = self._before(history, at)
-        if rng.random() < config.short_share:
-            before = before[-int(rng.integers(1, 16)) :]
-        share = rng.random() * config.drop_events
-        kept = [event for event in before if rng.random() >= share] or before[-1:]
+        kept = shortened(self._before(history, at), rng, config)
         asked = history.events[at : at + (most or config.questions_per_history)]
         return Draw(history.of(kept), tuple((self._input(e), self._output(e)) for e in asked))
 
     def histories(self) -> Iterator[History]:
         """What training users did, for vocabularies and tokenizers."""
         yield from self.train.values()
+
+    def training_answers(self) -> Iterator[str]:
+        """The answer of every training event."""
+        for history in self.histories():
+            yield from map(self._output, history.events)
 
     # --- splitting ----------------------------------------------------------------------------------------------
 
@@ -141,12 +158,20 @@ class LampDomain:
 
     def _profile(self, history: History) -> History:
         """The timed events of the task's source with the task's fields as attributes and an id."""
-        recipe, kept = self.recipe, []
+        recipe, task, kept = self.recipe, self.task, []
         for number, event in enumerate(history.timed):
             if event.source != recipe.source:
                 continue
             spec = recipe.sources[event.source]
             fields = {name: render_event(event, replace(spec, line=line)) for name, line in recipe.fields.items()}
+            if not all(fields[name] for name in task.fields):
+                self.incomplete += 1
+                continue
+            if task.labels and fields[task.label] not in task.labels:
+                raise DataError(
+                    f"{recipe.name}: an event of {history.user!r} has the {task.label} {fields[task.label]!r}, which "
+                    f"is no answer of {task.name}; they are {', '.join(task.labels)}. Change fields.{task.label}"
+                )
             key = event.event_id or f"{history.user}/{number}"
             kept.append(replace(event, attributes={**event.attributes, **fields}, event_id=key))
         return history.of(kept)

@@ -9,19 +9,36 @@ from transformers import PreTrainedTokenizerBase
 
 from persona.evaluation.lamp.domain import LampDomain
 from persona.evaluation.lamp.prompts import profile_prompt
+from persona.injection import load_llm
 from persona.training.reference_lm import Draw, Reading, train_lm, train_tokenizer
-from persona.training.trained_on import write_trained_on
+from persona.training.trained_on import check_unseen, trained_on, write_trained_on
 
 INPUTS = 1000
 """Inputs that the tokenizer is fitted on, so that the words of the instruction become tokens."""
 
 
-def build_lamp_lm(domain: LampDomain, out: str | Path, *, steps: int | None = None, report_to: str = "none") -> Path:
-    """Trains tokenizer and model by `recipe.lm` on what training may see, and saves them to `out`."""
-    config = domain.recipe.lm
-    tokenizer = train_tokenizer(tokenizer_lines(domain), config.vocab_size)
-    train_lm(readings(domain, tokenizer), tokenizer, config, out, steps=steps, report_to=report_to)
-    write_trained_on(domain.fingerprints("train"), out)
+def build_lamp_lm(
+    domain: LampDomain,
+    out: str | Path,
+    *,
+    start: str | Path | None = None,
+    steps: int | None = None,
+    report_to: str = "none",
+) -> Path:
+    """Trains tokenizer and model by `recipe.lm` on what training may see, and saves them to `out`.
+
+    `start` is a reference LM to go on from, such as one for other questions on the same records. Raises `DataError` if
+    it has seen what is asked in validation or test.
+    """
+    config, model = domain.recipe.lm, None
+    if start:
+        check_unseen(domain.fingerprints("validation") | domain.fingerprints("test"), start, "questions")
+        model, tokenizer = load_llm(start)
+        model.train()
+    else:
+        tokenizer = train_tokenizer(tokenizer_lines(domain), config.vocab_size)
+    train_lm(readings(domain, tokenizer), tokenizer, config, out, steps=steps, start=model, report_to=report_to)
+    write_trained_on({*domain.fingerprints("train"), *(trained_on(start) if start else ())}, out)
     return Path(out)
 
 
@@ -44,6 +61,8 @@ def readings(domain: LampDomain, tokenizer: PreTrainedTokenizerBase) -> Draw:
         items = [drawn.profile.events[i] for i in rng.permutation(len(drawn.profile))[:count]]
         first = drawn.questions[0][0]
         text = profile_prompt(task, first, items, tokenizer, recipe.max_length)
+        if task.splice_after:  # the items stand inside the input: there is nothing that questions could share
+            return Reading([], "", [(text, drawn.questions[0][1])])
         shared = text.removesuffix(first).rstrip()
         return Reading([shared] if shared else [], " ", drawn.questions)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from persona.encoders import UserEncoder
+from persona.errors import PersonaError
 from persona.evaluation.lamp.recipe import LampRecipe
 from persona.evaluation.lamp.sample import Sample
 from persona.evaluation.lamp.tasks import TASKS
@@ -89,10 +90,22 @@ class PlainLM(SoftPromptLM):
 
 
 def other_people(samples: Sequence[Sample]) -> list[Sample]:
-    """The same questions, each with the profile of the next user who asks one: the shuffled-user control."""
+    """The same questions, each with the profile of the next user who asks one: the shuffled-user control.
+
+    Users whose profile holds the event asked about, as a co-author's may, are passed over. Raises `PersonaError` where
+    nobody is left.
+    """
+    profiles = {sample.profile.user: sample.profile for sample in reversed(samples)}  # of each user's first question
     users = list(dict.fromkeys(sample.profile.user for sample in samples))
-    follower = dict(zip(users, [*users[1:], *users[:1]]))
-    first = {}
+    place = {user: i for i, user in enumerate(users)}
+    ids = {user: {event.event_id for event in profile.events} for user, profile in profiles.items()}
+    shuffled = []
     for sample in samples:
-        first.setdefault(sample.profile.user, sample.profile)
-    return [replace(sample, profile=first[follower[sample.profile.user]]) for sample in samples]
+        at = place[sample.profile.user]
+        others = [*users[at + 1 :], *users[:at]]
+        target = sample.target.event_id if sample.target else None
+        other = next((user for user in others if target is None or target not in ids[user]), None)
+        if other is None:
+            raise PersonaError(f"there is no other user whose profile question {sample.id!r} could be asked with")
+        shuffled.append(replace(sample, profile=profiles[other]))
+    return shuffled

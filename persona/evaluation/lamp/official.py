@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from persona.errors import DataError
-from persona.evaluation.lamp.domain import PROFILE, Draw, LampDomain
+from persona.evaluation.lamp.domain import PROFILE, Draw, LampDomain, shortened
 from persona.evaluation.lamp.files import SOURCE, official_paths, read_samples
 from persona.evaluation.lamp.recipe import LampRecipe
 from persona.evaluation.lamp.sample import Sample
@@ -40,7 +40,10 @@ class OfficialDomain:
     def _read(self, data: Path, part: str) -> list[Sample]:
         questions, outputs = official_paths(data, self.task, self.recipe.official, part)
         samples = read_samples(questions, outputs, self.task)
-        return [replace(s, id=f"{part}/{s.id}", profile=s.profile.last(PROFILE)) for s in samples]
+        return [replace(sample, profile=sample.profile.last(PROFILE)) for sample in samples]
+
+    def __str__(self) -> str:
+        return self.report
 
     @property
     def task(self) -> Task:
@@ -53,19 +56,25 @@ class OfficialDomain:
 
     def fingerprints(self, part: str) -> set[str]:
         """Of questions."""
-        return {fingerprint(sample.id) for sample in (self.train if part == "train" else self.samples(part))}
+        file = "dev" if part == "test" else "train"
+        samples = self.train if part == "train" else self.samples(part)
+        return {fingerprint(self.task.name, self.recipe.official, file, sample.id) for sample in samples}
 
     def draw(self, rng: np.random.Generator, most: int | None = None) -> Draw:
         """A random training question, with some of its profile dropped as the recipe says."""
-        config, sample = self.recipe.training, self.train[rng.integers(len(self.train))]
-        share = rng.random() * config.drop_events
-        events = [event for event in sample.profile.events if rng.random() >= share]
+        sample = self.train[rng.integers(len(self.train))]
+        events = shortened(sample.profile.events, rng, self.recipe.training)
         return Draw(sample.profile.of(events), ((sample.input, sample.output),))
 
     def histories(self) -> Iterator[History]:
         """Profiles of training questions."""
         for sample in self.train:
             yield sample.profile
+
+    def training_answers(self) -> Iterator[str]:
+        """The answer of every training question."""
+        for sample in self.train:
+            yield sample.output
 
 
 def open_domain(recipe: LampRecipe, data: str | Path) -> LampDomain | OfficialDomain:

@@ -42,6 +42,12 @@ class PPlug(SoftPromptLM):
         self.instruction_projector = _projector(dim, width)
         self.register_buffer("row_norm", torch.tensor(mean_row_norm(llm)))
 
+    def train(self, mode: bool = True):
+        """As ever; an input encoder that is not trained has no dropout, which would be noise in the attention."""
+        super().train(mode)
+        self.input_encoder.train(mode and self.recipe.pplug.trained_input)
+        return self
+
     def forward(self, vectors: torch.Tensor, mask: torch.Tensor, payloads: Sequence[str], batch: SoftPromptBatch):
         """The answer loss and logits of profiles `vectors` `[B, N, dim]`, `mask` `[B, N]`, and what each asks about."""
         return self.answer_loss(self.embed_user(vectors, mask, payloads), batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable
@@ -21,6 +22,8 @@ try:
     import bm25s
 except ImportError as error:
     raise MissingExtraError("retrieval for LaMP needs bm25s: pip install 'persona[eval]'") from error
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 
 PROFILES = 8
 """Indexed profiles that a retriever keeps. One of 10,000 items of 200 words takes some 30 MB."""

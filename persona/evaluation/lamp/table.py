@@ -44,7 +44,7 @@ def lamp_table(bench: LampBench, names: Sequence[str]) -> dict:
         if OURS in names and name != OURS
     }
     return {
-        "name": f"{bench.domain.recipe.name}-s{bench.seed}",
+        "name": "-".join([bench.domain.recipe.name, *([] if bench.part == "test" else [bench.part]), f"s{bench.seed}"]),
         "kind": "lamp",
         "task": task.name,
         "results": rows,
@@ -109,7 +109,7 @@ def about(bench: LampBench, names: Sequence[str]) -> dict:
         "config": {
             "llm": Path(bench.llm).name,
             "part": bench.part,
-            "split": recipe.split.by,
+            "split": recipe.official or recipe.split.by,
             "max_length": recipe.max_length,
             "beams": 1,
             "steps": bench.steps or recipe.training.steps,

@@ -64,7 +64,8 @@ class Task:
 
     def unlabelled(self, item: Event) -> Event:
         """The item without its answer: what an encoder sees that is to know only what the user was asked."""
-        return replace(item, text=item.attributes[self.long], value=None)
+        hidden = {name: v for name, v in item.attributes.items() if name != self.label or name == self.long}
+        return replace(item, text=item.attributes[self.long], value=None, attributes=hidden)
 
 
 def read_task(name: str) -> Task:

@@ -6,12 +6,14 @@ from the user before, which leaks across users.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
 import torch
 from transformers import set_seed
 
+from persona.errors import PersonaError
 from persona.evaluation.lamp.models import PlainLM
 from persona.evaluation.lamp.recipe import LampRecipe
 from persona.evaluation.lamp.sample import Sample
@@ -25,6 +27,8 @@ class UserLora:
     """Answers with one LoRA for each user, on a `PlainLM` with the task's LoRA, which is merged and so used up."""
 
     def __init__(self, model: PlainLM, recipe: LampRecipe, write: Write):
+        if TASKS[recipe.task].splice_after:
+            raise PersonaError(f"user_lora: an item of {recipe.task} does not say what its question and answer are")
         model.llm = model.llm.merge_and_unload().requires_grad_(False)
         model.add_lora(recipe.lora.rank, TARGETS)
         self.model, self.recipe, self.write = model, recipe, write
@@ -39,7 +43,7 @@ class UserLora:
         answers: dict[str, str] = {}
         tokens, start = 0, time.perf_counter()
         for own in by_user.values():
-            self.learn(min(own, key=lambda sample: len(sample.profile)))
+            self.learn(min(own, key=_newest))
             prompts = [self.model.template.prompt(self.write(sample)) for sample in own]
             tokens += sum(len(prompt.ids) for prompt in prompts)
             made = self.model.eval().complete(prompts, None, max_new_tokens=self.recipe.new_tokens)
@@ -49,7 +53,7 @@ class UserLora:
         return {"answers": ordered, "tokens": round(tokens / len(samples), 1), "seconds": round(seconds, 4)}
 
     def learn(self, sample: Sample) -> None:
-        """Begins anew and learns the items of a sample's profile; of a user's samples, the one with the shortest."""
+        """Begins anew and learns the items of a sample's profile; of a user's samples, the first one asked."""
         model, config = self.model, self.recipe.lora
         trained = dict(model.named_parameters())
         with torch.no_grad():
@@ -73,3 +77,8 @@ class UserLora:
     def _prompt(self, sample: Sample, item):
         text = self.task.input.format_map(item.attributes)
         return self.model.template.prompt(self.write(Sample(item.event_id, text, sample.profile)))
+
+
+def _newest(sample: Sample) -> float:
+    """When the newest item of a profile happened; later profiles may hold what earlier questions ask about."""
+    return sample.profile.events[-1].timestamp if sample.profile.events else -math.inf
