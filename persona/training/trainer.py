@@ -87,6 +87,8 @@ def train_adapter(
     if config.lora_rank:
         model.add_lora(config.lora_rank)
     steps = steps or config.steps
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_trained_on(domain.fingerprints(domain.train), out)  # first, so that no finished weights are without
     examples = Examples(domain, steps * config.histories_per_step, without_history=without_history)
     fit(
         PersonaTrainer,
@@ -101,7 +103,6 @@ def train_adapter(
         note={"without_history": without_history},
         next_item_weight=0.0 if without_history or config.frozen_encoder else config.next_item_weight,
     )
-    write_trained_on(domain.fingerprints(domain.train), out)
     return model
 
 

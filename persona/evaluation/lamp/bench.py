@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, set_seed
 
 from persona.encoders import TextEncoder, UserEncoder, Vocabulary
-from persona.errors import PersonaError
+from persona.errors import DataError, PersonaError
 from persona.evaluation.lamp.files import write_predictions
 from persona.evaluation.lamp.lm_eval import export_lm_eval
 from persona.evaluation.lamp.methods import METHODS, Method
@@ -70,11 +70,17 @@ class LampBench:
         self.domain = open_domain(load_lamp_recipe(recipe, changes), data)
         say(str(self.domain))
         self.samples = self.domain.samples(part)
-        self._claim_folder()
+        check_unseen(self.domain.fingerprints(part), llm, "questions")
+        if len({sample.profile.user for sample in self.samples}) < 2:
+            raise DataError(f"{self.domain.recipe.name}: one user alone is asked; intervals and controls need others")
 
     def _claim_folder(self) -> None:
-        """Raises `PersonaError` if the folder holds another run, and `DataError` if the LLM has seen the questions."""
-        asked = [(s.id, s.input, s.output) for part in ("validation", "test") for s in self.domain.samples(part)]
+        """Raises `PersonaError` if the folder holds another run."""
+        asked = [
+            (s.id, s.input, s.output, [event.event_id for event in s.profile.events])
+            for part in ("validation", "test")
+            for s in self.domain.samples(part)
+        ]
         mine = {
             "recipe": repr(self.domain.recipe),
             "records": fingerprint(asked),
@@ -87,7 +93,6 @@ class LampBench:
             raise PersonaError(
                 f"{self.out} holds a run with another {' and '.join(other)}; give this one its own --out"
             )
-        check_unseen(self.domain.fingerprints(self.part), self.llm, "questions")
         self.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
 
@@ -114,7 +119,13 @@ class LampBench:
             items = self.retrievers[method.retriever](sample, task, method.items) if method.retriever else []
             text = profile_prompt(task, sample.input, items, tokenizer, most)
             ids = tokenizer(text, add_special_tokens=False).input_ids
-            return text if len(ids) <= most else tokenizer.decode(ids[:most]).rstrip("\ufffd")
+            return (
+                text
+                if len(ids) <= most
+                else tokenizer.decode(ids[:most], skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip(
+                    "\ufffd"
+                )
+            )
 
         return write
 
@@ -149,6 +160,7 @@ class LampBench:
         method = METHODS[name]
         if method.trained:
             return self.trained(method.trained)
+        self._claim_folder()
         model = self.untrained(method)
         if method.model == "llm":
             return model.eval()
@@ -163,6 +175,8 @@ class LampBench:
         if method.model == "lora":
             config = replace(config, learning_rate=recipe.lora.learning_rate)
         steps = self.steps or config.steps
+        folder.mkdir(parents=True, exist_ok=True)
+        write_trained_on(self.domain.fingerprints("train"), folder)  # first, so that no finished weights are without
         options = {}
         if method.model == "ours":
             options["next_item_weight"] = 0.0 if method.profile == "none" else config.next_item_weight
@@ -177,13 +191,13 @@ class LampBench:
             resume=True,
             **options,
         )
-        write_trained_on(self.domain.fingerprints("train"), folder)
         return model.eval()
 
     # --- answering ----------------------------------------------------------------------------------------------
 
     def predictions(self, name: str) -> dict:
         """The answers of a method by sample id, with tokens and seconds: `{"answers", "tokens", "seconds"}`."""
+        self._claim_folder()
         file = self.out / "predictions" / self.part / f"{name}-s{self.seed}.json"
         cost = file.with_suffix(".cost.json")
         if not cost.exists():
@@ -202,9 +216,9 @@ class LampBench:
         if method.model == "user_lora":
             answerer = UserLora(model, self.recipe(method), write)
             return answerer.answers(self.samples)
-        texts = [write(sample) for sample in self.samples]
         answers: dict[str, str] = {}
         tokens, start = 0, time.perf_counter()
+        texts = [write(sample) for sample in self.samples]
         count = method.tokens or model.soft
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for first in range(0, len(order), BATCH):

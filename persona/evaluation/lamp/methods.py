@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from persona.errors import PersonaError
+from persona.evaluation.lamp.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ METHODS: dict[str, Method] = {
 }
 MAIN = tuple(name for name, method in METHODS.items() if not method.ablation)
 """The rows of the table; the others explain it."""
+
+
+def check_methods(methods: Iterable[str], task: Task) -> None:
+    """Raises `PersonaError` for a method that a task cannot have."""
+    if task.splice_after and (wrong := [name for name in methods if METHODS[name].model == "user_lora"]):
+        raise PersonaError(f"{wrong[0]}: an item of {task.name} does not say what its question and answer are")
 
 
 def read_methods(names: list[str]) -> dict[str, Method]:

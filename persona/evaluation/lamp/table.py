@@ -14,7 +14,7 @@ import numpy as np
 from persona.evaluation.intervals import interval
 from persona.evaluation.lamp.bench import LampBench
 from persona.evaluation.lamp.floors import floor_answers
-from persona.evaluation.lamp.methods import METHODS
+from persona.evaluation.lamp.methods import METHODS, check_methods
 from persona.evaluation.lamp.metrics import in_profile, per_sample, score
 from persona.evaluation.lamp.sample import Sample
 from persona.evaluation.lamp.tasks import Task
@@ -28,6 +28,7 @@ LOWER = {"mae", "rmse"}
 def lamp_table(bench: LampBench, names: Sequence[str]) -> dict:
     """The result of these methods, and of the floors, as JSON can hold it."""
     task, samples = bench.domain.task, bench.samples
+    check_methods(names, task)
     rows: dict[str, dict] = {}
     answers = floor_answers(bench.domain, samples)
     for name, given in answers.items():

@@ -64,8 +64,8 @@ class Task:
 
     def unlabelled(self, item: Event) -> Event:
         """The item without its answer: what an encoder sees that is to know only what the user was asked."""
-        hidden = {name: v for name, v in item.attributes.items() if name != self.label or name == self.long}
-        return replace(item, text=item.attributes[self.long], value=None, attributes=hidden)
+        text = item.attributes[self.long]
+        return replace(item, text=text, value=None, attributes={self.long: text})
 
 
 def read_task(name: str) -> Task:

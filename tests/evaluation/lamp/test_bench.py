@@ -234,7 +234,8 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(recipe, records
     with pytest.raises(KeyboardInterrupt):
         StoppedBench(recipe, records, lm, tmp_path / "out", steps=12, say=str).trained(name)
     folder = tmp_path / "out" / "trained" / f"{name}-s0"
-    assert [p.name for p in folder.iterdir()] in (["checkpoint-3"], ["checkpoint-6"])
+    assert [p.name for p in folder.glob("checkpoint-*")] in (["checkpoint-3"], ["checkpoint-6"])
+    assert (folder / "trained_on.json").exists() and not (folder / "training.json").exists()
     resumed, whole = (bench(tmp_path / out, steps=12).trained(name).state_dict() for out in ("out", "whole"))
     assert resumed.keys() == whole.keys() and (folder / "training.json").exists()
     assert all(torch.allclose(resumed[k].float(), whole[k].float(), atol=1e-5) for k in whole)
@@ -395,6 +396,30 @@ def test_official_files_have_a_table_too(official, recipe, lm, tmp_path):
     predicted = next((tmp_path / "out" / "predictions").rglob("no_history-s0.json"))
     assert set(read_predictions(predicted, TASKS["LaMP_2"])) == set(read_predictions(golds, TASKS["LaMP_2"]))
     assert about(bench, [])["config"]["split"] == "time"
+
+
+def test_a_table_that_cannot_be_finished_is_refused_before_anything_is_trained(official, recipe, lm, tmp_path):
+    """A user's LoRA cannot learn from the items of LaMP_1, and one user alone has no interval and nobody beside."""
+    for part in ("train", "dev"):
+        official(tmp_path, "LaMP_1", "time", part)
+    text = recipe.read_text().replace("LaMP_3", "LaMP_1")
+    kept = [line for line in text.split("\n") if line.startswith(("name", "task", "max", "new", "enc", "train"))]
+    path = tmp_path / "official.yaml"
+    path.write_text("\n".join([*kept, "official: time", "split: {train: 0.1, validation: 0.34}"]))
+    with pytest.raises(PersonaError, match="user_lora"):
+        lamp_table(
+            LampBench(path, tmp_path, lm, tmp_path / "out", steps=2, say=str), ["no_history", "lora", "user_lora"]
+        )
+    assert not list(tmp_path.glob("out/trained/*")) and not list(tmp_path.glob("out/predictions/**/*.json"))
+
+
+def test_one_user_alone_is_an_error_that_says_so(bench, tmp_path, llm_path):
+    lines = [f"u{user},m{n},{1 + n % 5},{n},fine" for user in range(10) for n in range(9)]
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "ratings.csv").write_text("\n".join(["user,item,stars,time,review", *lines]))
+    changes = ["split.train=0.8", "split.validation=0.1"]
+    with pytest.raises(PersonaError):
+        lamp_table(bench(data=tmp_path / "records", llm=llm_path, changes=changes), ["no_history"])
 
 
 def test_the_verb_writes_and_shows_the_table(recipe, records, lm, tmp_path):

@@ -75,7 +75,9 @@ def small_encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ratings():
-    return Vocabulary.fit([ANN, BOB], {"rating": SourceSpec("item")}, min_count=1)
+    every = make_profile("every", [1, 2, 3, 4, 5])
+    stars = every.of(replace(e, attributes={**e.attributes, "stars": f"{e.value:g}"}) for e in every.events)
+    return Vocabulary.fit([ANN, BOB, stars], {"rating": SourceSpec("item")}, min_count=1)
 
 
 @pytest.fixture
@@ -340,6 +342,18 @@ def test_hidden_labels_are_not_in_an_items_attributes_either(ours):
     other = replace(SAMPLES[0], profile=make_profile("ann", [1, 5, 1, 1, 3]))
     model = ours(labels=False, encoder={"item_attributes": True})
     assert torch.allclose(model.rows([SAMPLES[0]]), model.rows([other]), atol=1e-6)
+
+
+def test_hidden_labels_are_not_in_the_column_that_they_were_made_of_either(ours):
+    """Where a recipe says `score: "{stars}"`, the event has both attributes."""
+
+    def rows(stars):
+        events = (replace(e, attributes={**e.attributes, "stars": f"{e.value:g}"}) for e in stars.events)
+        assert {f"rating/stars/{n}" for n in range(1, 6)} <= set(model.encoder.vocabulary.categories)
+        return model.rows([replace(SAMPLES[0], profile=stars.of(events))])
+
+    model = ours(labels=False, encoder={"item_attributes": True})
+    assert torch.allclose(rows(ANN), rows(make_profile("ann", [1, 5, 1, 1, 3])), atol=1e-6)
 
 
 def test_a_hidden_title_leaves_the_abstract():
