@@ -29,7 +29,7 @@ class Method:
     changes: tuple[str, ...] = ()
     """Fields of the recipe that differ, as `load_config` takes them."""
     ablation: bool = False
-    """Whether the row only takes something away from ours or from PPlug."""
+    """Whether the row explains others: it takes something away, or retrieves by chance."""
 
 
 METHODS: dict[str, Method] = {
@@ -47,6 +47,7 @@ METHODS: dict[str, Method] = {
     "lora": Method("lora"),
     "lora_bm25_k4": Method("lora", "bm25", 4),
     "user_lora": Method("user_lora", trained="lora"),
+    "random_k4": Method(retriever="random", items=4, ablation=True),
     # What helped: each takes one thing away, or adds it to PPlug.
     "ours_k1": Method("ours", trained="ours", tokens=1, ablation=True),
     "ours_k2": Method("ours", trained="ours", tokens=2, ablation=True),
