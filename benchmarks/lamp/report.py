@@ -15,7 +15,7 @@ from persona.evaluation.report import replace_section
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-SHORT = ("no_history", "bm25_k4", "learned_prompt", "shuffled_user", "pplug", "ours", "ours_bm25_k1", "lora", "user_lora")
+SHORT = ("no_history", "bm25_k4", "learned_prompt", "shuffled_user", "pplug", "ours", "lora", "user_lora")
 """Rows of the README's table."""
 
 
