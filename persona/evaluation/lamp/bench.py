@@ -4,7 +4,7 @@ Each step writes into the run's folder and is skipped when its result lies there
 
     trained/NAME/                weights of a method
     predictions/PART/NAME.json   answers in the official format
-    run.json                     recipe, LLM and steps, so that two runs are never mixed
+    run.json                     recipe, records, LLM and steps, so that two runs are never mixed
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from persona.evaluation.lamp.methods import METHODS, Method
 from persona.evaluation.lamp.models import OurLM, PlainLM, other_people
 from persona.evaluation.lamp.official import open_domain
 from persona.evaluation.lamp.pplug import PPlug, PPlugTrainer
-from persona.evaluation.lamp.prompts import profile_prompt
+from persona.evaluation.lamp.prompts import decoded, profile_prompt
 from persona.evaluation.lamp.recipe import LampRecipe, load_lamp_recipe
 from persona.evaluation.lamp.retrieval import Bm25, Dense, Random, Recency
 from persona.evaluation.lamp.sample import Sample
@@ -62,6 +62,7 @@ class LampBench:
     ):
         if part not in ("validation", "test"):
             raise PersonaError(f"--part is validation or test, not {part!r}")
+        self._claimed = False
         self.changes, self.llm, self.out = tuple(changes), llm, Path(out)
         self.part, self.seed, self.steps, self.say = part, seed, steps, say
         self.recipes = {  # read once: a file that is edited meanwhile changes no run
@@ -75,7 +76,9 @@ class LampBench:
             raise DataError(f"{self.domain.recipe.name}: one user alone is asked; intervals and controls need others")
 
     def _claim_folder(self) -> None:
-        """Raises `PersonaError` if the folder holds another run."""
+        """Raises `PersonaError` if the folder holds another run; looks once."""
+        if self._claimed:
+            return
         asked = [
             (s.id, s.input, s.output, [event.event_id for event in s.profile.events])
             for part in ("validation", "test")
@@ -95,6 +98,7 @@ class LampBench:
             )
         self.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+        self._claimed = True
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -119,13 +123,7 @@ class LampBench:
             items = self.retrievers[method.retriever](sample, task, method.items) if method.retriever else []
             text = profile_prompt(task, sample.input, items, tokenizer, most)
             ids = tokenizer(text, add_special_tokens=False).input_ids
-            return (
-                text
-                if len(ids) <= most
-                else tokenizer.decode(ids[:most], skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip(
-                    "\ufffd"
-                )
-            )
+            return text if len(ids) <= most else decoded(ids[:most], tokenizer)
 
         return write
 

@@ -81,9 +81,13 @@ def _part(task: Task, item: Event, allowed: int, tokenizer: PreTrainedTokenizerB
     ids = tokenizer(long, add_special_tokens=False).input_ids
     kept = max(0, min(len(ids), allowed - around))
     if kept < len(ids):
-        long = tokenizer.decode(ids[:kept], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        long = long.rstrip("\ufffd")
+        long = decoded(ids[:kept], tokenizer)
     return before + long + after, around + kept
+
+
+def decoded(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a cut sequence, without half a character at its end."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip("\ufffd")
 
 
 def _count(text: str, tokenizer: PreTrainedTokenizerBase) -> int:

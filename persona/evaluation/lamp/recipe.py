@@ -99,7 +99,8 @@ class LampRecipe:
     task: str
     """The LaMP task whose prompts and metrics are used, such as LaMP_5."""
     official: Literal["user", "time"] | None = None
-    """Read the official files of this split; then there are no sources, readers and fields, and no `split`."""
+    """Read the official files of this split; then there are no sources, readers and fields,
+    and of `split` only validation, most and seed count."""
     sources: dict[str, SourceSpec] = field(default_factory=dict)
     """The streams of the records, by name."""
     readers: list[ReaderSpec] = field(default_factory=list)

@@ -17,12 +17,10 @@ from persona.evaluation.lamp.floors import floor_answers
 from persona.evaluation.lamp.methods import METHODS, check_methods
 from persona.evaluation.lamp.metrics import in_profile, per_sample, score
 from persona.evaluation.lamp.sample import Sample
-from persona.evaluation.lamp.tasks import Task
+from persona.evaluation.lamp.tasks import TASKS, Task
 from persona.evaluation.runner import git_hash
 
 OURS = "ours"
-LOWER = {"mae", "rmse"}
-"""Metrics of which less is better."""
 
 
 def lamp_table(bench: LampBench, names: Sequence[str]) -> dict:
@@ -134,8 +132,7 @@ def about(bench: LampBench, names: Sequence[str]) -> dict:
 
 def markdown(result: dict) -> str:
     """A Markdown table of one result."""
-    names = [name for name in next(iter(result["results"].values())) if name in ("accuracy", "macro_f1", *LOWER)]
-    names = names or ["rouge1", "rougeL"]
+    names = shown(TASKS[result["task"]])
     lines = ["| | " + " | ".join(names) + " | prompt tokens | s / example |", "|---" * (len(names) + 3) + "|"]
     for method, row in result["results"].items():
         cells = [interval_cell(row[name]) for name in names]
