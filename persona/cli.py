@@ -22,6 +22,9 @@ app.add_typer(bench, name="bench")
 
 Recipe = Annotated[Path, typer.Argument(help="A recipe, such as adapters/movies/recipe.yaml.")]
 Data = Annotated[Path, typer.Option(help="Folder of the raw records.")]
+Change = Annotated[
+    list[str] | None, typer.Option("--set", help="A field of the recipe to change, like encoder.width=128.")
+]
 Strict = Annotated[bool, typer.Option(help="Stop at the first bad row instead of counting it.")]
 ReportTo = Annotated[str, typer.Option(help="Where transformers reports progress: none, tensorboard, wandb, ...")]
 
@@ -108,6 +111,7 @@ def train(
     no_history: Annotated[
         bool, typer.Option("--no-history", help="Train the control: a learned prompt that sees no user.")
     ] = False,
+    change: Change = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
     strict: Strict = False,
     report_to: ReportTo = "none",
@@ -116,7 +120,7 @@ def train(
     from persona.training.trainer import train_adapter
 
     out = out or recipe.parent / ("control" if no_history else "weights")
-    domain = _domain(recipe, data, strict)
+    domain = _domain(recipe, data, strict, change or ())
     train_adapter(domain, llm, out, steps=steps, without_history=no_history, resume=resume, report_to=report_to)
     _say(f"saved the adapter to {out}")
 
@@ -165,10 +169,11 @@ def bench_uqa(
     out: Annotated[Path, typer.Option(help="Folder of the run; what lies there already is not made again.")],
     backbone: Annotated[list[str] | None, typer.Option(help="Backbone to run; repeat for several.")] = None,
     head: Annotated[list[str] | None, typer.Option(help="resampler, linear or mlp; repeat for several.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seed of training; repeat for several.")] = None,
-    change: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of the recipe to change, like encoder.width=128.")
+    injection: Annotated[
+        list[str] | None, typer.Option(help="soft_prompt, cross_attention or both; repeat for several.")
     ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of training; repeat for several.")] = None,
+    change: Change = None,
     name: Annotated[str, typer.Option(help="Marks the runs of a changed recipe; part of their names.")] = "",
     stage: Annotated[str, typer.Option(help="all, or the last stage to run: pretrain, align, evaluate.")] = "all",
     pretrain_steps: Annotated[int | None, typer.Option(help="Steps of pre-training, not the recipe's.")] = None,
@@ -191,6 +196,7 @@ def bench_uqa(
         backbones=backbone or ["sasrec"],
         heads=head or ["resampler"],
         seeds=seed or [0],
+        injections=injection or ["soft_prompt"],
         name=name,
         until=stage,
         pretrain_steps=pretrain_steps,
@@ -210,9 +216,7 @@ def bench_lamp(
     part: Annotated[str, typer.Option(help="validation or test.")] = "test",
     seed: Annotated[int, typer.Option(help="Seed of training, retrieval and intervals.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of each training, not the recipe's.")] = None,
-    change: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of the recipe to change, like encoder.width=128.")
-    ] = None,
+    change: Change = None,
     export: Annotated[
         Path | None,
         typer.Option(help="Instead of a run: write the methods that are text as lm-evaluation-harness tasks."),
@@ -317,6 +321,9 @@ def serve(
     require_personalization: Annotated[
         bool, typer.Option("--require-personalization", help="Answer 503 rather than plainly for a named user.")
     ] = False,
+    injection: Annotated[
+        str | None, typer.Option(help="Refuse an adapter of another kind: soft_prompt, cross_attention or both.")
+    ] = None,
     upstream: Annotated[str | None, typer.Option(help="Be a gateway in front of the vLLM at this URL.")] = None,
     upstream_key_file: Annotated[Path | None, typer.Option(help="File of the API key for the upstream vLLM.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default.")] = None,
@@ -332,8 +339,10 @@ def serve(
         from persona.serving.server.config import ServerConfig
     except ImportError as error:
         raise MissingExtraError(f"the server cannot be imported ({error}): pip install 'persona[serve]'") from error
-    from persona.serving.server.launch import serve_gateway, serve_vllm
+    from persona.serving.server.launch import read_adapter, serve_gateway, serve_vllm
 
+    if injection and (own := read_adapter(adapter)[1].injection) != injection:
+        raise PersonaError(f"{adapter} was trained for the injection {own}, not {injection}")
     config = ServerConfig.load(
         adapter=adapter,
         llm=llm,
@@ -356,6 +365,20 @@ def serve(
         raise PersonaError("--upstream-key-file is for a gateway; give --upstream URL too")
     listen = [f"--{name}={value}" for name, value in (("host", host), ("port", port)) if value is not None]
     serve_vllm(config, [*listen, *context.args], say=_say)
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="Folder or hub name of an adapter with cross-attention.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; an earlier export there is replaced.")],
+    llm: Annotated[str | None, typer.Option(help="LLM, instead of the one the adapter names.")] = None,
+) -> None:
+    """Writes the checkpoint that vLLM serves for an adapter with cross-attention; persona serve does it by itself."""
+    quiet()
+    from persona.serving.export import export_adapter
+
+    folder = export_adapter(adapter, out, llm)
+    _say(f"wrote {folder}; the LLM's own weights are linked. Serve it with: persona serve --adapter {adapter}")
 
 
 def _domain(recipe: Path, data: Path, strict: bool, changes: Sequence[str] = ()):

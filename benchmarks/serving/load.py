@@ -46,7 +46,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from persona.evaluation.intervals import interval
 from persona.history import event_to_dict
 from persona.injection import PersonalizedLM
-from persona.serving.personalizer import INSTRUCTION_HEADER, Personalizer, encode_rows
+from persona.serving.personalizer import INSTRUCTION_HEADER, Personalizer
+from persona.serving.rows import encode_rows
 from persona.serving.states import UserStates
 from persona.store import EventStore
 

@@ -9,6 +9,9 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+from injection import injections
+from report_rows import commands, head
+
 from persona.evaluation.report import cell, label, replace_section
 from persona.evaluation.uqa.tasks import DIMENSIONS
 
@@ -23,16 +26,23 @@ def main() -> None:
     details, readme = ROOT / "benchmarks" / "README.md", ROOT / "README.md"
     uqa = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((RESULTS / "uqa").glob("*.json"))]
     baselines = next(r for r in uqa if r["kind"] == "uqa-baselines")
-    runs = sorted((r for r in uqa if r["kind"] == "uqa"), key=lambda r: -ours(r)["mean"]["acc"])
+    every = [r for r in uqa if r["kind"] == "uqa"]
+    runs = sorted((r for r in every if injection(r) == "soft_prompt"), key=lambda r: -ours(r)["mean"]["acc"])
     replace_section(details, "uqa", table(baselines, runs))
     replace_section(details, "uqa-tasks", table(baselines, runs, TASKS))
     replace_section(details, "uqa-paired", paired(runs))
     replace_section(details, "uqa-lengths", lengths(runs))
+    replace_section(details, "injection", injections(every, baselines))
     replace_section(readme, "uqa", table(baselines, repeated(runs) or runs[:2]))
     for name, write in (("uqa-ranking", ranking), ("uqa-speed", speed)):
         file = RESULTS / f"{name}.json"
         text = write(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "(not measured yet)"
         replace_section(details, name, text)
+
+
+def injection(run: dict) -> str:
+    """How a run's user tokens enter the LLM."""
+    return run["config"]["run"].get("injection", "soft_prompt")
 
 
 def repeated(runs: list[dict]) -> list[dict]:
@@ -140,16 +150,6 @@ def line(title: str, row: dict, columns: list[str]) -> str:
     """One line of a table of accuracies."""
     tokens = f"{row['tokens']['prompt']:.0f}" if "tokens" in row else ""
     return f"| {title} | " + " | ".join([*(cell(row.get(c)) for c in columns), tokens]) + " |"
-
-
-def head(names: list[str]) -> str:
-    """The first two lines of a table."""
-    return "| " + " | ".join(name.replace("_", " ") for name in names) + " |\n|" + "---|" * len(names)
-
-
-def commands(results: list[dict]) -> str:
-    """The commands that made some results, each once."""
-    return ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in results))
 
 
 if __name__ == "__main__":

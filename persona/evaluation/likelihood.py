@@ -21,7 +21,7 @@ class Request:
     options: tuple[str, ...]
     """Answers to score."""
     rows: torch.Tensor | None = None
-    """Soft prompt rows `[K, llm_width]`, or None for a plain prompt."""
+    """User tokens `[K, llm_width]` as the LLM reads them, or None for a plain prompt."""
 
 
 @torch.inference_mode()

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from persona.encoders import UserState
 from persona.evaluation.likelihood import Request
@@ -130,6 +129,6 @@ class Methods:
 
 
 def tokens_of(model: PersonalizedLM, requests: Sequence[Request]) -> float:
-    """Mean tokens of a prompt, soft rows counted as one each."""
-    sizes = [len(model.template.prompt(r.messages, 0 if r.rows is None else len(r.rows)).ids) for r in requests]
-    return float(torch.tensor(sizes, dtype=torch.float).mean())
+    """Mean tokens of a prompt, soft rows and what cross-attention reads counted as one each."""
+    prompts = [model.template.prompt(r.messages, 0 if r.rows is None else len(r.rows)) for r in requests]
+    return float(np.mean([len(p.ids) + p.memory for p in prompts]))

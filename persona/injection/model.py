@@ -1,4 +1,4 @@
-"""`PersonalizedLM`: a frozen Hugging Face causal LM that reads user tokens as soft prompt rows."""
+"""`PersonalizedLM`: a frozen Hugging Face causal LM that reads user tokens, in its prompt or by cross-attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from persona.errors import CheckpointError, MissingExtraError, PersonaError
 from persona.history.source import STRICT
 from persona.injection.llm import default_device, load_llm
 from persona.injection.projector import Projector, mean_row_norm
-from persona.injection.soft_prompt import Messages, Prompt, last_user_turn
+from persona.injection.soft_prompt import Injection, Messages, Prompt, last_user_turn
 from persona.injection.soft_prompt_lm import LORA_TARGETS, SoftPromptBatch, SoftPromptLM
 
 
@@ -36,8 +36,10 @@ class AdapterConfig:
     """d of the user encoder."""
     tokens: int
     """K of the user encoder."""
-    injection: str = "soft_prompt"
+    injection: Injection = "soft_prompt"
     """How user tokens enter the LLM."""
+    cross_every: int = 0
+    """Cross-attention layers stand after blocks 0, n, 2n...; 0 where there are none."""
     lora: bool = False
     """Whether a peft LoRA for the LLM lies in the folder `lora`."""
     domain: str = ""
@@ -57,16 +59,21 @@ class PersonalizedLM(SoftPromptLM):
         encoder: UserEncoder,
         *,
         base_model: str = "",
+        injection: Injection = "soft_prompt",
+        cross_every: int = 2,
         domain: str = "",
         row_norm: float | None = None,
     ):
-        super().__init__(llm, tokenizer)
+        super().__init__(llm, tokenizer, injection, cross_every)
         self.encoder = encoder
         width = llm.get_input_embeddings().weight.shape[1]
         norm = mean_row_norm(llm) if row_norm is None else row_norm
         self.projector = Projector(encoder.config.width, width, norm, linear=encoder.config.head == "linear")
         name = base_model or getattr(llm.config, "_name_or_path", "")
-        self.adapter = AdapterConfig(name, width, encoder.config.width, encoder.config.tokens, domain=domain)
+        every = 0 if self.cross_attention is None else cross_every
+        self.adapter = AdapterConfig(
+            name, width, encoder.config.width, encoder.config.tokens, injection, every, domain=domain
+        )
 
     def add_lora(self, rank: int, targets: Sequence[str] = LORA_TARGETS) -> None:
         """Adds a trainable peft LoRA on the LLM's attention projections."""
@@ -80,7 +87,7 @@ class PersonalizedLM(SoftPromptLM):
     ) -> dict[str, torch.Tensor]:
         """Answer-only loss, logits `[Q, answer_length + 1, vocab]`, and the histories' states `[B, 1 + N, d]`.
 
-        Question q asks about history `owner[q]`. The soft positions in `batch` say how many of the K tokens are used.
+        Question q asks about history `owner[q]`. The prompts in `batch` say how many of the K tokens are used.
         """
         states, mask = self.encoder.states(events)
         rows = self.projector(self.encoder.resample(states[owner], mask[owner], instructions))
@@ -92,7 +99,7 @@ class PersonalizedLM(SoftPromptLM):
     def soft_rows(
         self, states: Sequence[UserState], instructions: Sequence[str | InstructionState], count: int | None = None
     ) -> torch.Tensor:
-        """Soft prompt rows `[B, count, llm_width]` for (state, instruction) pairs."""
+        """User tokens as the LLM reads them, rows `[B, count, llm_width]` for (state, instruction) pairs."""
         tokens = self.encoder.tokens(states, instructions, count)
         return self.projector(torch.stack([t.tokens for t in tokens]))
 
@@ -146,7 +153,8 @@ class PersonalizedLM(SoftPromptLM):
     # --- files --------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes adapter_config.json, `encoder/`, projector.safetensors and, if there is one, `lora/`."""
+        """Writes adapter_config.json, `encoder/`, projector.safetensors and, if there are any, cross-attention layers
+        (cross_attention.safetensors) and a LoRA (`lora/`)."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -157,6 +165,8 @@ class PersonalizedLM(SoftPromptLM):
         (folder / "adapter_config.json").write_text(json.dumps(saved, indent=2) + "\n")
         self.encoder.save_pretrained(folder / "encoder")
         save_file(self.projector.state_dict(), folder / "projector.safetensors")
+        if self.cross_attention is not None:
+            save_file(self.cross_attention.layers.state_dict(), folder / "cross_attention.safetensors")
         if self.adapter.lora:
             self.llm.save_pretrained(folder / "lora")
         return folder
@@ -165,6 +175,8 @@ class PersonalizedLM(SoftPromptLM):
         """Takes back the weights that `save_pretrained` wrote, into a model of the same shape."""
         load_weights(self.encoder, folder / "encoder" / "model.safetensors")
         load_weights(self.projector, folder / "projector.safetensors")
+        if self.cross_attention is not None:
+            load_weights(self.cross_attention.layers, folder / "cross_attention.safetensors")
         if self.adapter.lora:
             self.load_lora(folder / "lora")
 
@@ -198,8 +210,18 @@ class PersonalizedLM(SoftPromptLM):
                 f"{name} is {width} wide. Train an adapter for it with `persona train`"
             )
         encoder = UserEncoder.from_pretrained(folder / "encoder", text_encoder)
-        model = cls(base, tokenizer, encoder, domain=config.domain, row_norm=1.0)  # the true one is with the weights
+        model = cls(
+            base,
+            tokenizer,
+            encoder,
+            injection=config.injection,
+            cross_every=config.cross_every or 2,
+            domain=config.domain,
+            row_norm=1.0,  # the true one is with the weights
+        )
         load_weights(model.projector, folder / "projector.safetensors")
+        if model.cross_attention is not None:
+            load_weights(model.cross_attention.layers, folder / "cross_attention.safetensors")
         if config.lora and llm_weights:
             try:
                 from peft import PeftModel

@@ -1,8 +1,8 @@
-"""Where the user tokens stand in the prompt, computed from the LLM's own chat template and never by hand.
+"""Where the user tokens stand, computed from the LLM's own chat template and never by hand.
 
 The layout is that of vLLM's `prompt_embeds` content part: a placeholder opens the last user turn, is tokenized as one
 special token, and is then repeated once for each soft row. A shared system prompt stays in front, so its KV blocks are
-shared by all users.
+shared by all users. What cross-attention reads stands beside the prompt, which is then as it would be without a user.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from persona.errors import PersonaError
 
@@ -18,6 +19,9 @@ PLACEHOLDER = "<prompt_embeds>"
 """vLLM's own sentinel (vllm/renderers/chat_utils.py); it may not occur in anybody's text."""
 PLAIN_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
 """For base models without a chat template."""
+
+Injection = Literal["soft_prompt", "cross_attention", "both"]
+"""How user tokens enter the LLM: as rows of the prompt, as the memory of cross-attention layers, or as both at once."""
 
 Messages = str | Sequence[dict]
 """A user's turn, or messages in OpenAI's form with string contents."""
@@ -33,6 +37,13 @@ class Prompt:
     """Position of the first soft row."""
     count: int
     """Number of soft rows; 0 for a plain prompt."""
+    memory: int = 0
+    """Number of user tokens that cross-attention layers read beside the prompt."""
+
+    @property
+    def users(self) -> int:
+        """Number of user tokens that come with this prompt. As rows and as memory they are the same ones."""
+        return max(self.count, self.memory)
 
     @property
     def is_token(self) -> list[bool]:
@@ -41,9 +52,12 @@ class Prompt:
 
 
 class PromptTemplate:
-    """Renders messages with or without soft rows. Works on its own copy of the tokenizer."""
+    """Renders messages with or without user tokens. Works on its own copy of the tokenizer."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, injection: Injection = "soft_prompt"):
+        if injection not in get_args(Injection):
+            raise PersonaError(f"injection is one of {', '.join(get_args(Injection))}, not {injection!r}")
+        self.injection = injection
         self.tokenizer = copy.deepcopy(tokenizer)
         if not self.tokenizer.chat_template:
             self.tokenizer.chat_template = PLAIN_TEMPLATE
@@ -54,32 +68,37 @@ class PromptTemplate:
         self._header, self._footer = self._around_user_turn()
 
     def prompt(self, messages: Messages, count: int = 0) -> Prompt:
-        """The prompt up to where the answer starts, with `count` soft rows before the last user turn's text.
+        """The prompt up to where the answer starts, with `count` user tokens.
 
-        Raises `PersonaError` when there is no user turn, or when a text contains the reserved placeholder.
+        Soft rows stand before the last user turn's text. Raises `PersonaError` when there is no user turn for them, or
+        when a text contains the reserved placeholder.
         """
         messages = as_messages(messages)
+        count, memory = self._injected(count)
         if count:
             messages = self._with_placeholder(messages)
         ids = self._render(messages, True, tokenize=True)
         if not count:
-            return Prompt(ids, 0, 0)
+            return Prompt(ids, 0, 0, memory)
         if ids.count(self.placeholder_id) != 1:
             raise PersonaError(
                 f"the chat template writes the user's turn {ids.count(self.placeholder_id)} times instead of once; "
                 "user tokens need exactly one place"
             )
         start = ids.index(self.placeholder_id)
-        return Prompt(ids[:start] + [self.placeholder_id] * count + ids[start + 1 :], start, count)
+        return Prompt(ids[:start] + [self.placeholder_id] * count + ids[start + 1 :], start, count, memory)
 
     def place(self, prompt: str | Sequence[int], count: int, *, add_special_tokens: bool = True) -> Prompt:
-        """An already rendered prompt, text or token ids, with `count` soft rows.
+        """An already rendered prompt, text or token ids, with `count` user tokens.
 
-        The rows stand where `prompt` would put them if the text is written in the LLM's chat template, that is where
+        Soft rows stand where `prompt` would put them if the text is written in the LLM's chat template, that is where
         the last user turn begins; otherwise they stand at the start, after the beginning-of-sequence token.
         """
+        count, memory = self._injected(count)
         if isinstance(prompt, str):
             self._check_text(prompt)
+            if not count:
+                return Prompt(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens), 0, 0, memory)
             at, bos = self._turn(prompt), self.tokenizer.bos_token
             if at is None:
                 at = len(bos) if bos and prompt.startswith(bos) else 0
@@ -89,11 +108,13 @@ class PromptTemplate:
         else:
             if self.placeholder_id in prompt:
                 raise PersonaError(f"the prompt contains {PLACEHOLDER}, which is reserved for user tokens")
+            if not count:
+                return Prompt(list(prompt), 0, 0, memory)
             header = self._after_special(self._header)
             places = [i for i in range(len(prompt), 0, -1) if header and list(prompt[i - len(header) : i]) == header]
             start = places[0] if places else int(bool(prompt) and prompt[0] == self.tokenizer.bos_token_id)
             ids, rest = [*prompt[:start], *self._after_special(self._joint), *prompt[start:]], start
-        return Prompt([*ids[:start], *[self.placeholder_id] * count, *ids[rest:]], start, count)
+        return Prompt([*ids[:start], *[self.placeholder_id] * count, *ids[rest:]], start, count, memory)
 
     def instruction(self, prompt: str | Sequence[int]) -> str:
         """The last user turn of an already rendered prompt; all of its text if no turn can be made out."""
@@ -118,6 +139,10 @@ class PromptTemplate:
         while end and ids[-len(end) :] != end:
             end = end[1:]
         return ids[: len(ids) - len(end)] if len(end) < len(ids) else ids
+
+    def _injected(self, count: int) -> tuple[int, int]:
+        """Soft rows and memory for `count` user tokens."""
+        return (0 if self.injection == "cross_attention" else count), (0 if self.injection == "soft_prompt" else count)
 
     def _render(self, messages, generation: bool, tokenize: bool):
         return self.tokenizer.apply_chat_template(

@@ -1,16 +1,22 @@
-"""`SoftPromptLM`: a frozen Hugging Face causal LM whose prompts may hold soft rows, wherever these come from."""
+"""`SoftPromptLM`: a frozen Hugging Face causal LM that takes vectors beside text, wherever these come from.
+
+They are rows of the prompt, or the memory of cross-attention layers; `PromptTemplate.injection` says which.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from persona.errors import MissingExtraError, PersonaError
-from persona.injection.soft_prompt import Prompt, PromptTemplate
+from persona.injection.cross_attention import CrossAttention
+from persona.injection.soft_prompt import Injection, Prompt, PromptTemplate
 
 IGNORE = -100
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -30,15 +36,21 @@ class SoftPromptBatch:
     """`[B, L]` answer tokens, -100 elsewhere."""
     answer_length: int = 0
     """Longest answer in tokens: only so many logits are computed."""
+    users: tuple[int, ...] = ()
+    """User tokens of each prompt."""
 
 
 class SoftPromptLM(nn.Module):
-    """A frozen LLM and its prompt template, with an optional LoRA; what makes the soft rows is a subclass's."""
+    """A frozen LLM and its prompt template, with an optional LoRA; what makes the soft rows is a subclass's.
 
-    def __init__(self, llm: nn.Module, tokenizer):
+    With the injection "cross_attention" or "both" it has trainable layers after every `cross_every`-th block.
+    """
+
+    def __init__(self, llm: nn.Module, tokenizer, injection: Injection = "soft_prompt", cross_every: int = 2):
         super().__init__()
+        self.template = PromptTemplate(tokenizer, injection)
         self.llm = llm.requires_grad_(False)
-        self.template = PromptTemplate(tokenizer)
+        self.cross_attention = None if injection == "soft_prompt" else CrossAttention(llm, cross_every)
 
     def train(self, mode: bool = True):
         """Dropout of what is trained follows `mode`; the frozen LLM stays in evaluation mode."""
@@ -68,31 +80,51 @@ class SoftPromptLM(nn.Module):
         return {"loss": loss, "logits": logits}
 
     def logits(self, rows: torch.Tensor | None, batch: SoftPromptBatch, keep: int = 1) -> torch.Tensor:
-        """The LLM's logits at the last `keep` positions, `[B, keep, vocab]`; see `embed` for `rows`."""
-        return self.llm(
-            inputs_embeds=self.embed(rows, batch),
-            attention_mask=batch.attention_mask,
-            position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0),
-            logits_to_keep=keep,
-            use_cache=False,
-        ).logits
+        """The LLM's logits at the last `keep` positions, `[B, keep, vocab]`.
+
+        `rows` is `[B, K, llm_width]`, of which each prompt takes its first so many, or `[S, llm_width]`, the rows of
+        all prompts in order. Raises `PersonaError` where their number is not what the prompts have room for.
+        """
+        with self.injected(rows, batch) as embeds:
+            return self.llm(
+                inputs_embeds=embeds,
+                attention_mask=batch.attention_mask,
+                position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0),
+                logits_to_keep=keep,
+                use_cache=False,
+            ).logits
+
+    @contextmanager
+    def injected(self, rows: torch.Tensor | None, batch: SoftPromptBatch) -> Iterator[torch.Tensor]:
+        """Gives the LLM's input `[B, L, llm_width]`; within, the LLM reads the prompts' memory. See `logits`."""
+        rows = self._flat(rows, batch)
+        embeds = self.embed(rows, batch)
+        if self.cross_attention is None:
+            yield embeds
+            return
+        memory = mask = None
+        if rows is not None:
+            memory = pad_sequence(rows.split(batch.users), batch_first=True)  # [B, K, llm_width]
+            users = torch.tensor(batch.users, device=rows.device)[:, None]
+            # Who has no user tokens reads zeros, which add nothing; a softmax over nothing would be NaN.
+            mask = (torch.arange(memory.shape[1], device=rows.device) < users) | (users == 0)
+        with self.cross_attention.reading(memory, mask):
+            yield embeds
 
     def embed(self, rows: torch.Tensor | None, batch: SoftPromptBatch) -> torch.Tensor:
-        """The LLM's input `[B, L, llm_width]`: its own embeddings with soft rows spliced in.
-
-        `rows` is `[B, K, llm_width]`, of which each prompt takes its first `count`, or `[S, llm_width]`, one row for
-        each soft position of the batch in order.
-        """
+        """The LLM's input `[B, L, llm_width]`: its own embeddings and the soft rows, if any; see `logits`."""
+        rows = self._flat(rows, batch)
         embeds = self.llm.get_input_embeddings()(batch.input_ids)
-        counts = batch.soft.sum(1).tolist()
+        return embeds.masked_scatter(batch.soft[..., None], rows.to(embeds.dtype)) if batch.soft.any() else embeds
+
+    def _flat(self, rows: torch.Tensor | None, batch: SoftPromptBatch) -> torch.Tensor | None:
+        """Rows `[S, llm_width]` of all prompts in order, None where there are none."""
         if rows is not None and rows.dim() == 3:
-            rows = torch.cat([r[:count] for r, count in zip(rows, counts)])
-        found = 0 if rows is None else len(rows)
-        if found != sum(counts):
-            raise PersonaError(f"the prompts have room for {sum(counts)} soft rows, but there are {found}")
-        if not found:
-            return embeds
-        return embeds.masked_scatter(batch.soft[..., None], rows.to(embeds.dtype))
+            rows = torch.cat([r[:count] for r, count in zip(rows, batch.users)])
+        found, room = 0 if rows is None else len(rows), sum(batch.users)
+        if found != room:
+            raise PersonaError(f"the prompts have room for {room} user tokens, but there are {found}")
+        return rows if found else None
 
     def collate(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]] | None = None) -> SoftPromptBatch:
         """Pads prompts, and answers after them, on the left, so that all answers end in the last column."""
@@ -116,21 +148,23 @@ class SoftPromptLM(nn.Module):
             soft.to(device),
             labels.to(device),
             max((len(a) for a in answers), default=0),
+            tuple(p.users for p in prompts),
         )
 
     @torch.inference_mode()
     def complete(self, prompts: Sequence[Prompt], rows: torch.Tensor | None, **kwargs) -> list[str]:
-        """Greedy completions of prompts whose soft positions hold `rows` `[S, llm_width]`, in order.
+        """Greedy completions of prompts with the user tokens `rows` `[S, llm_width]`, in order.
 
         Raises `PersonaError` if the LLM was loaded without its weights.
         """
         if any(p.is_meta for p in self.llm.parameters()):
             raise PersonaError("the LLM was loaded without its weights, so it cannot answer; wrap() one that can")
         batch = self.collate(prompts)
-        out = self.llm.generate(
-            inputs_embeds=self.embed(rows, batch),
-            attention_mask=batch.attention_mask,
-            **{"do_sample": False, "max_new_tokens": 32, **kwargs},
-        )
+        with self.injected(rows, batch) as embeds:
+            out = self.llm.generate(
+                inputs_embeds=embeds,
+                attention_mask=batch.attention_mask,
+                **{"do_sample": False, "max_new_tokens": 32, **kwargs},
+            )
         texts = self.template.tokenizer.batch_decode(out, skip_special_tokens=True)
         return [text.rstrip("\ufffd").strip() for text in texts]  # half a character at the end, which vLLM drops too

@@ -14,7 +14,8 @@ from persona.errors import PersonaError
 from persona.injection.soft_prompt import Prompt
 from persona.serving.local import Local, per_prompt
 from persona.serving.personalizer import CHAT, Outcome
-from persona.serving.vllm_offline import check_rows, vllm_input
+from persona.serving.rows import check_rows
+from persona.serving.vllm_offline import memory_layout, vllm_input
 
 LLM = TypeVar("LLM")
 Users = str | None | Sequence[str | None]
@@ -30,6 +31,12 @@ def wrap_llm(llm: LLM, local: Local) -> LLM:
     if not config.enable_prompt_embeds:
         raise PersonaError("start this LLM with vllm.LLM(..., enable_prompt_embeds=True)")
     _check_width(local, config.get_hidden_size())
+    memory, layout = local.persona.personalizer.memory, memory_layout(llm)
+    if layout != (memory.layout if memory else None):
+        raise PersonaError(
+            f"the adapter gives user tokens for {memory.layout if memory else 'a stock LLM'}, but this LLM is "
+            f"{layout or 'a stock one'}; with cross-attention, load what `persona export` writes for the adapter"
+        )
     return _twin(llm, _PersonalLLM, local)
 
 
@@ -39,6 +46,11 @@ def wrap_model(model: LLM, local: Local) -> LLM:
     Raises `PersonaError` for a model whose width is another than the adapter's LLM's.
     """
     _check_width(local, model.get_input_embeddings().weight.shape[1])
+    if local.persona.personalizer.memory:
+        raise PersonaError(
+            "this adapter's user tokens are read by cross-attention layers, which this model does not have; "
+            "PersonalizedLM.from_pretrained(adapter) adds them to its own copy"
+        )
     return _twin(model, _PersonalModel, local)
 
 
@@ -62,7 +74,7 @@ class _PersonalLLM:
         Prompts are text or token ids; those of other kinds are answered plainly. `instruction` defaults to each
         prompt's last user turn. Raises `PersonaError` for another number of users, and for `prompt_logprobs`.
         """
-        if user_id is None:
+        if user_id is None and not self._persona_local.persona.personalizer.memory:
             return super().generate(prompts, sampling_params, **kwargs)
         _check_sampling(sampling_params)
         listed = _listed(prompts)
@@ -84,13 +96,13 @@ class _PersonalLLM:
         **kwargs,
     ):
         """As `vllm.LLM.chat`, with one user for all conversations or one for each; see `generate`."""
-        if user_id is None:
+        if user_id is None and not self._persona_local.persona.personalizer.memory:
             return super().chat(messages, sampling_params, *args, **kwargs)
         _check_sampling(sampling_params)
         chats = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         local = self._persona_local
         edited = [
-            ({"messages": chat}, Outcome(False, "no-user"))
+            (local.persona.personalizer.plain(CHAT, {"messages": chat}), Outcome(False, "no-user"))
             if user is None
             else local.edit("embeds", CHAT, {"messages": chat}, user, instruction, tokens)
             for chat, user in zip(chats, per_prompt(user_id, len(chats)))
@@ -100,15 +112,17 @@ class _PersonalLLM:
 
     def _persona_input(self, given, user: str | None, instruction: str | None, tokens: int | None):
         """A prompt with the user's rows as vLLM takes it, and the outcome."""
-        prompt = _text_or_ids(given)
-        if prompt is None:
-            return given, Outcome(False, "no-user-turn")
         local, template = self._persona_local, self._persona_local.persona.model.template
+        memory, prompt = local.persona.personalizer.memory, _text_or_ids(given)
+        if prompt is None:
+            if memory:
+                raise PersonaError("this LLM takes text or token ids only, as it needs user tokens in front of them")
+            return given, Outcome(False, "no-user-turn")
         rows, outcome = local.rows(user, instruction or template.instruction(prompt), tokens)
-        if rows is None:
+        if rows is None and not memory:
             return given, outcome
         salt = {"cache_salt": given["cache_salt"]} if isinstance(given, dict) and "cache_salt" in given else {}
-        return vllm_input(self, template.place(prompt, len(rows)), rows) | salt, outcome
+        return vllm_input(self, template.place(prompt, 0 if rows is None else len(rows)), rows) | salt, outcome
 
 
 class _PersonalModel:

@@ -58,7 +58,8 @@ class Local:
         else:
             made_by = self.profiles
         apply = made_by.chat if route.endswith(CHAT) else made_by.completion
-        return self.guard(lambda: apply(body, user, **options), plain=body)
+        plain = body if mode == "text" else self.persona.personalizer.plain(route, body)
+        return self.guard(lambda: apply(body, user, **options), plain=plain)
 
     def rows(self, user: str | None, instruction: str, count: int | None = None) -> tuple[torch.Tensor | None, Outcome]:
         """Soft rows `[count, llm_width]` of a user, or None and the reason; fails as `edit` does."""

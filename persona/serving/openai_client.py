@@ -78,7 +78,8 @@ class _Modes:
                 "Persona.from_pretrained(adapter, engine=None))"
             )
         else:
-            mode = "embeds" if _is_vllm(models) else "text"
+            # No plain vLLM has the layers that read an adapter's memory.
+            mode = "embeds" if _is_vllm(models) and not self.local.persona.personalizer.memory else "text"
         self.found[url] = mode
         return mode
 

@@ -11,6 +11,7 @@ from persona.errors import PersonaError
 from persona.history import Event
 from persona.injection.model import PersonalizedLM
 from persona.injection.soft_prompt import Messages, last_user_turn
+from persona.serving.export import export_adapter
 from persona.serving.personalizer import Personalizer
 from persona.serving.states import UserStates
 from persona.serving.vllm_offline import VLLMEngine
@@ -74,7 +75,10 @@ class Persona:
             return cls(model, store, tenant=tenant)
         if model.adapter.lora:
             raise PersonaError(f"{adapter} has a LoRA, which the vLLM engine does not load: use engine='transformers'")
-        return cls(model, store, VLLMEngine(model.adapter.base_model, **kwargs), tenant=tenant)
+        served = model.adapter.base_model
+        if model.cross_attention is not None:
+            served = export_adapter(adapter, llm=served)
+        return cls(model, store, VLLMEngine(served, **kwargs), tenant=tenant)
 
     def observe(self, user: str, events: Event | Iterable[Event]) -> int:
         """Stores events and returns how many were new. Runs no model."""

@@ -1,12 +1,10 @@
-"""`Personalizer` puts a user's soft rows into the body of an OpenAI request, as stock vLLM takes them.
+"""`Personalizer` puts a user's tokens into the body of an OpenAI request, as vLLM takes them.
 
 Used by the server plug-in, the gateway and the client alike, so that the same request gives the same tokens.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +14,9 @@ from persona.encoders import InstructionState, UserState
 from persona.errors import PersonaError
 from persona.injection.model import PersonalizedLM
 from persona.serving.combined import Combined
+from persona.serving.memory import Memory, UnservableError
+from persona.serving.rows import check_rows, embeddings_part, encode_rows
 from persona.serving.states import UserStates
-from persona.serving.vllm_offline import check_rows
 
 CHAT, COMPLETION = "/chat/completions", "/completions"
 """Endings of the two routes that can be personalised."""
@@ -55,16 +54,21 @@ class Outcome:
 
 
 class Personalizer:
-    """Soft rows for (user, instruction) pairs, and request bodies that hold them. Safe to share between threads."""
+    """User tokens for (user, instruction) pairs, and request bodies that hold them. Safe to share between threads.
+
+    For an adapter with cross-attention, bodies are for the checkpoint that `export_adapter` writes, and plain ones
+    bring user tokens, too: nobody's. Where that cannot be, `UnservableError` is raised.
+    """
 
     def __init__(self, model: PersonalizedLM, states: UserStates):
         self.model, self.states = model, states
+        self.memory = Memory.of(model.adapter)
         self._made = Combined(self._make, states.patience)
 
     def rows(
         self, user: str | None, instructions: Sequence[str], count: int | None = None, *, tenant: str = "default"
     ) -> tuple[torch.Tensor | None, Outcome]:
-        """Soft rows `[len(instructions), count, llm_width]` on the CPU, or None and the reason.
+        """User tokens `[len(instructions), count, llm_width]` on the CPU, or None and the reason.
 
         Raises what the store and the encoder raise, and `PersonaError` for rows that would harm the engine.
         """
@@ -80,7 +84,7 @@ class Personalizer:
         return rows, Outcome(True, truncated=state.truncated)
 
     def _make(self, pairs: Sequence[tuple[UserState, InstructionState]]) -> torch.Tensor:
-        """All K soft rows of each (user, instruction) pair, `[B, K, llm_width]`."""
+        """All K user tokens of each (user, instruction) pair, `[B, K, llm_width]`."""
         return self.model.soft_rows(*zip(*pairs)).cpu()
 
     def chat(
@@ -88,56 +92,81 @@ class Personalizer:
     ) -> tuple[dict, Outcome]:
         """A chat request whose last user turn opens with the user's rows as a `prompt_embeds` part.
 
-        The body is returned unchanged when the outcome is plain. `instruction` defaults to that turn's text.
+        The body is a plain one when the outcome is plain. `instruction` defaults to that turn's text.
         """
         messages = body.get("messages")
         turns = [i for i, m in enumerate(messages or []) if isinstance(m, dict) and m.get("role") == "user"]
         if not turns or not isinstance(messages[turns[-1]].get("content"), (str, list)):
-            return body, Outcome(False, "no-user-turn")
+            return self.plain(CHAT, body), Outcome(False, "no-user-turn")
         if body.get("echo"):  # vLLM then asks for prompt logprobs, which stop the engine beside embeddings
-            return body, Outcome(False, "echo")
+            return self.plain(CHAT, body), Outcome(False, "echo")
         turn = messages[turns[-1]]
         content = turn["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         rows, outcome = self.rows(user, [instruction or _text(parts)], count, **tenant)
         if rows is None:
-            return body, outcome
-        turn = {**turn, "content": [{"type": "prompt_embeds", "data": encode_rows(rows[0])}, *parts]}
-        return {**body, "messages": [*messages[: turns[-1]], turn, *messages[turns[-1] + 1 :]]}, outcome
+            return self.plain(CHAT, body), outcome
+        if self.model.adapter.injection != "cross_attention":
+            turn = {**turn, "content": [embeddings_part(rows[0]), *parts]}
+            body = {**body, "messages": [*messages[: turns[-1]], turn, *messages[turns[-1] + 1 :]]}
+        return self.memory.chat(body, rows[0]) if self.memory else body, outcome
 
     def completion(
         self, body: dict, user: str | None, *, instruction: str | None = None, count: int | None = None, **tenant
     ) -> tuple[dict, Outcome]:
         """A completion request whose prompts are embeddings that hold the user's rows; see `PromptTemplate.place`.
 
-        The body is returned unchanged when the outcome is plain. `instruction` defaults to each prompt's last user
-        turn.
+        The body is a plain one when the outcome is plain. `instruction` defaults to each prompt's last user turn.
         """
         for name in ("echo", "suffix"):
             if body.get(name):
-                return body, Outcome(False, name)
+                return self.plain(COMPLETION, body), Outcome(False, name)
         prompts, template = _prompts(body.get("prompt")), self.model.template
         if not prompts:
-            return body, Outcome(False, "no-user-turn")
+            return self.plain(COMPLETION, body), Outcome(False, "no-user-turn")
         if len(prompts) > MOST_PROMPTS:
-            return body, Outcome(False, "too-long")
+            return self.plain(COMPLETION, body), Outcome(False, "too-long")
         rows, outcome = self.rows(user, [instruction or template.instruction(p) for p in prompts], count, **tenant)
         if rows is None:
-            return body, outcome
-        special = body.get("add_special_tokens", True)
-        placed = [template.place(p, rows.shape[1], add_special_tokens=special) for p in prompts]
-        if sum(len(p.ids) for p in placed) * self.model.embedding_bytes > MOST_BYTES:
-            return body, Outcome(False, "too-long")
-        embeds = [encode_rows(self.model.prompt_rows(p, r)) for p, r in zip(placed, rows)]
+            return self.plain(COMPLETION, body), outcome
+        embedded = self._embedded(body, prompts, rows)
+        return (self.plain(COMPLETION, body), Outcome(False, "too-long")) if embedded is None else (embedded, outcome)
+
+    def plain(self, route: str, body: dict) -> dict:
+        """A request as the LLM answers it without a user. Raises `UnservableError` where it takes none such."""
+        if self.memory is None:
+            return body
+        if route.endswith(CHAT):
+            return self.memory.chat(body, None)
+        for name in ("echo", "suffix"):
+            if body.get(name):
+                raise UnservableError(name, REASONS[name])
+        prompts = _prompts(body.get("prompt"))
+        if not prompts:
+            return body  # which no engine takes
+        embedded = self._embedded(body, prompts, None) if len(prompts) <= MOST_PROMPTS else None
+        if embedded is None:
+            raise UnservableError("too-long", REASONS["too-long"])
+        return embedded
+
+    def _embedded(self, body: dict, prompts: Sequence[str | list[int]], rows: torch.Tensor | None) -> dict | None:
+        """A completion request whose prompts are embeddings, with user tokens `[prompts, count, llm_width]` or none.
+
+        None where they would be too many.
+        """
+        count, special = 0 if rows is None else rows.shape[1], body.get("add_special_tokens", True)
+        placed = [self.model.template.place(p, count, add_special_tokens=special) for p in prompts]
+        slots = self.memory.layout.slots if self.memory else 0
+        if sum(slots + len(p.ids) for p in placed) * self.model.embedding_bytes > MOST_BYTES:
+            return None
+        embeds = []
+        for number, prompt in enumerate(placed):
+            own = None if rows is None else rows[number]
+            whole = self.model.prompt_rows(prompt, own)
+            embeds.append(torch.cat([self.memory.rows(own).to(whole), whole]) if self.memory else whole)
+        texts = [encode_rows(whole) for whole in embeds]
         rest = {key: value for key, value in body.items() if key != "prompt"}
-        return {**rest, "prompt_embeds": embeds if len(embeds) > 1 else embeds[0]}, outcome
-
-
-def encode_rows(rows: torch.Tensor) -> str:
-    """Rows `[T, llm_width]` as vLLM reads them: base64 of a tensor file."""
-    file = io.BytesIO()
-    torch.save(rows.detach().cpu().contiguous().clone(), file)  # a view would bring its whole storage along
-    return base64.b64encode(file.getvalue()).decode("ascii")
+        return {**rest, "prompt_embeds": texts if len(texts) > 1 else texts[0]}
 
 
 def _text(parts: Sequence[dict]) -> str:

@@ -11,6 +11,9 @@ import torch
 
 from persona.errors import MissingExtraError, PersonaError
 from persona.injection.soft_prompt import Prompt
+from persona.serving.rows import check_rows
+from persona.serving.vllm_memory.layout import KEY, MemoryLayout
+from persona.serving.vllm_memory.rows import memory_rows
 
 TESTED = ("0.32", "0.33")
 """First version that works, first version not tested."""
@@ -47,7 +50,7 @@ class VLLMEngine:
     def complete(
         self, prompts: Sequence[Prompt], rows: torch.Tensor | None, *, max_new_tokens: int = 32, **kwargs
     ) -> list[str]:
-        """Greedy completions of prompts whose soft positions hold `rows` `[S, llm_width]`, in order.
+        """Greedy completions of prompts with the user tokens `rows` `[S, llm_width]`, in order.
 
         `kwargs` go to `vllm.SamplingParams`; for what is refused see `inputs`.
         """
@@ -56,48 +59,58 @@ class VLLMEngine:
         return [out.outputs[0].text.strip() for out in outputs]
 
     def inputs(self, prompts: Sequence[Prompt], rows: torch.Tensor | None) -> list[dict]:
-        """The prompts with their soft rows as `vllm.LLM.generate` takes them.
+        """The prompts with their user tokens as `vllm.LLM.generate` takes them.
 
         Raises `PersonaError` for rows of another number or width, or that are not finite, or all zero: the engine
-        would hang, answer nonsense, or confuse two users (vLLM issue 56655).
+        would hang, answer nonsense, or confuse two users (vLLM issue 56655); and for prompts and a checkpoint that do
+        not go together.
         """
-        room, found = sum(p.count for p in prompts), 0 if rows is None else len(rows)
+        room, found = sum(p.users for p in prompts), 0 if rows is None else len(rows)
         if room != found:
-            raise PersonaError(f"the prompts have room for {room} soft rows, but there are {found}")
+            raise PersonaError(f"the prompts have room for {room} user tokens, but there are {found}")
         inputs, used = [], 0
         for prompt in prompts:
-            own = rows[used : used + prompt.count] if prompt.count else None
+            own = rows[used : used + prompt.users] if prompt.users else None
             inputs.append(vllm_input(self.engine, prompt, own))
-            used += prompt.count
+            used += prompt.users
         return inputs
 
 
-def vllm_input(llm, prompt: Prompt, rows: torch.Tensor | None) -> dict:
-    """One prompt with its soft rows `[count, llm_width]` as the `generate` of a `vllm.LLM` takes it.
+def memory_layout(llm) -> MemoryLayout | None:
+    """The slots for user tokens of a `vllm.LLM`'s checkpoint; None for a stock one."""
+    config = llm.llm_engine.model_config.hf_config
+    return MemoryLayout.from_config(config) if hasattr(config, KEY) else None
 
-    Raises `PersonaError`, see `check_rows`.
+
+def vllm_input(llm, prompt: Prompt, rows: torch.Tensor | None) -> dict:
+    """One prompt with its user tokens `[users, llm_width]` as the `generate` of a `vllm.LLM` takes it.
+
+    Raises `PersonaError`, see `check_rows`, and for a prompt whose user tokens this checkpoint has no layers to read.
     """
-    if not prompt.count:
+    layout = memory_layout(llm)
+    if prompt.memory and layout is None:
+        raise PersonaError(
+            "this adapter's user tokens are read by cross-attention layers, which the served LLM does not have: "
+            "serve what `persona export` writes"
+        )
+    if not prompt.count and layout is None:
         return {"prompt_token_ids": prompt.ids}
     config = llm.llm_engine.model_config
-    rows = rows.to("cpu", config.dtype)  # in which a small row may become zero
-    check_rows(rows, config.get_hidden_size())
-    is_token = prompt.is_token
-    embeds = rows.new_zeros(len(prompt.ids), rows.shape[1])
-    embeds[prompt.start : prompt.start + prompt.count] = rows
-    # The placeholder's id may lie beyond the LLM's vocabulary; at soft positions the id is never looked at.
-    ids = [i if token else 0 for i, token in zip(prompt.ids, is_token)]
+    width, slots = config.get_hidden_size(), layout.slots if layout else 0
+    embeds = torch.zeros(slots + len(prompt.ids), width, dtype=config.dtype)
+    if rows is not None:
+        rows = rows.to("cpu", config.dtype)  # in which a small row may become zero
+        check_rows(rows, width)
+    if layout:
+        own = rows if prompt.memory else None
+        embeds[:slots] = memory_rows(own, tokens=layout.tokens, slots=slots, width=width, dtype=config.dtype)
+    if prompt.count:
+        start = slots + prompt.start
+        embeds[start : start + prompt.count] = rows
+    is_token = [False] * slots + prompt.is_token
+    # The placeholder's id may lie beyond the LLM's vocabulary; where there are rows the id is never looked at.
+    ids = [i if token else 0 for i, token in zip([0] * slots + prompt.ids, is_token)]
     return {"prompt_embeds": embeds, "prompt_token_ids": ids, "prompt_is_token_ids": is_token}
-
-
-def check_rows(rows: torch.Tensor, width: int) -> None:
-    """Raises `PersonaError` unless `rows` is `[K, width]`, finite, and without an all-zero row."""
-    if rows.dim() != 2 or rows.shape[1] != width:
-        raise PersonaError(f"soft rows have shape {tuple(rows.shape)}; this LLM needs [K, {width}]")
-    if not torch.isfinite(rows).all():
-        raise PersonaError("soft rows hold NaN or infinity; the adapter is damaged or its input is")
-    if (rows == 0).all(dim=1).any():
-        raise PersonaError("a soft row is all zero; vLLM would confuse it with token 0")
 
 
 def import_vllm():

@@ -57,6 +57,11 @@ def wrap(
     if _is_a(target, "openai", "OpenAI", "AsyncOpenAI"):
         from persona.serving.openai_client import wrap_client
 
+        if mode == "embeds" and persona.personalizer.memory:
+            raise PersonaError(
+                "this adapter's user tokens are read by cross-attention layers, and a plain endpoint has none: run "
+                "`persona serve` with it and wrap a client of that"
+            )
         return wrap_client(target, local, mode)
     if _is_a(target, "vllm.entrypoints.llm", "LLM") or _is_a(target, "transformers.modeling_utils", "PreTrainedModel"):
         from persona.serving.in_process import wrap_llm, wrap_model

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pydantic import PositiveInt
 
 from persona.history.source import STRICT
+from persona.injection.soft_prompt import Injection
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,19 @@ class PretrainingConfig:
     """How often the validation ranking is measured; the best state of the encoder is kept."""
     seed: int = 0
     """Seed of everything random in pre-training."""
+
+
+@dataclass(frozen=True)
+class InjectionConfig:
+    """How user tokens enter the LLM."""
+
+    __pydantic_config__ = STRICT
+
+    kind: Injection = "soft_prompt"
+    """soft_prompt: rows of the prompt. cross_attention: a memory that layers of its own read, for a server of its own.
+    both: the same tokens in both ways."""
+    every: PositiveInt = 2
+    """Cross-attention layers stand after blocks 0, n, 2n... of the LLM."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from persona.history import History, ReaderSpec, SourceSpec
 from persona.history.config import load_config
 from persona.history.readers import ReadReport, read_histories
 from persona.history.source import STRICT
-from persona.training.configs import LMConfig, PretrainingConfig, SplitConfig, TrainingConfig
+from persona.training.configs import InjectionConfig, LMConfig, PretrainingConfig, SplitConfig, TrainingConfig
 from persona.training.questions import (
     Catalogue,
     Cut,
@@ -55,6 +55,8 @@ class Recipe:
     """How users are divided."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """The user encoder."""
+    injection: InjectionConfig = field(default_factory=InjectionConfig)
+    """How user tokens enter the LLM."""
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     """How the user encoder is pre-trained, where it is."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -180,5 +180,13 @@ def new_model(
     if pretrained:
         encoder.load_pretrained(pretrained)
     encoder.freeze(recipe.training.frozen_encoder)
-    model = PersonalizedLM(base, tokenizer, encoder, base_model=str(llm), domain=recipe.name)
+    model = PersonalizedLM(
+        base,
+        tokenizer,
+        encoder,
+        base_model=str(llm),
+        injection=recipe.injection.kind,
+        cross_every=recipe.injection.every,
+        domain=recipe.name,
+    )
     return model.to(default_device())

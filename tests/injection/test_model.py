@@ -84,12 +84,12 @@ def test_an_llm_that_cannot_be_read(llm_path, tmp_path):
 def test_rows_that_do_not_fit_the_prompts_are_refused(model):
     batch = model.collate([model.template.prompt(ASK, 3)])
     for rows in (torch.ones(2, 64), torch.ones(4, 64), torch.ones(1, 2, 64)):
-        with pytest.raises(PersonaError, match="room for 3 soft rows, but there are"):
+        with pytest.raises(PersonaError, match="room for 3 user tokens, but there are"):
             model.embed(rows, batch)
 
 
 def test_a_prompt_with_room_and_no_rows_is_refused(model):
-    with pytest.raises(PersonaError, match="room for 3 soft rows, but there are 0"):
+    with pytest.raises(PersonaError, match="room for 3 user tokens, but there are 0"):
         model.complete([model.template.prompt(ASK, 3)], None)
 
 

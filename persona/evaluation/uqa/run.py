@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from persona.evaluation.report import cell, label
 from persona.evaluation.uqa.stages import UQA, Run
 from persona.evaluation.uqa.tasks import DIMENSIONS
+from persona.injection.soft_prompt import Injection
 from persona.training.recipe import Domain
 
 
@@ -19,6 +21,7 @@ def run_uqa(
     backbones: Sequence[str],
     heads: Sequence[str],
     seeds: Sequence[int],
+    injections: Sequence[Injection] = ("soft_prompt",),
     name: str = "",
     until: str = "all",
     pretrain_steps: int | None = None,
@@ -26,13 +29,19 @@ def run_uqa(
     baselines: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[dict]:
-    """Every backbone with every head and seed, up to the stage `until`; returns the results and says the table.
+    """Every backbone with every head, injection and seed, up to the stage `until`; returns the results, says the table.
 
-    `name` marks runs whose recipe was changed.
-    The learned prompt, which the baselines need, has the shape of the first run. Finished stages are not run again.
+    `name` marks runs whose recipe was changed. Each kind of injection has a learned prompt of its own, of the shape of
+    the first run; the baselines' is a soft prompt. Finished stages are not run again.
     """
     bench = UQA(domain, llm, out, say)
-    runs = [Run(backbone, head, seed, name) for backbone in backbones for head in heads for seed in seeds]
+    runs = [
+        Run(backbone, head, seed, name, injection)
+        for backbone in backbones
+        for head in heads
+        for injection in injections
+        for seed in seeds
+    ]
     for run in runs:
         bench.recipe(run)  # before anything long: names that do not exist
     for run in runs:
@@ -44,6 +53,9 @@ def run_uqa(
         bench.align(run, steps)
     if baselines:
         bench.align_control(control, steps)
+    for injection in injections:
+        if injection != "soft_prompt":
+            bench.align_control(replace(control, injection=injection), steps)
     if until == "align":
         return []
     results = [bench.evaluate_baselines(control)] if baselines else []

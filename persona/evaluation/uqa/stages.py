@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from transformers import set_seed
 
@@ -27,6 +28,7 @@ from persona.errors import PersonaError, RecipeError
 from persona.evaluation.uqa.table import baselines_table, soft_table
 from persona.evaluation.uqa.tasks import SUB_TASKS
 from persona.injection import PersonalizedLM
+from persona.injection.soft_prompt import Injection
 from persona.training.pretrain import pretrain
 from persona.training.ranking import leave_one_out
 from persona.training.recipe import Domain, Recipe
@@ -50,6 +52,8 @@ class Run:
 
     label: str = ""
     """What else is different, for the names of folders and results."""
+    injection: Injection = "soft_prompt"
+    """How user tokens enter the LLM."""
 
     @property
     def encoder(self) -> str:
@@ -59,7 +63,16 @@ class Run:
     @property
     def name(self) -> str:
         """Name of the adapter's folder and of the result."""
-        return "-".join(filter(None, (self.backbone, self.head, self.label, f"s{self.seed}")))
+        return "-".join(filter(None, (self.backbone, self.head, self._injected, self.label, f"s{self.seed}")))
+
+    @property
+    def control(self) -> str:
+        """Name of the learned prompt's folder."""
+        return "-".join(filter(None, (CONTROL, self._injected, f"s{self.seed}")))
+
+    @property
+    def _injected(self) -> str:
+        return "" if self.injection == "soft_prompt" else self.injection.replace("_", "-")
 
 
 class UQA:
@@ -89,6 +102,8 @@ class UQA:
         recipe = self.domain.recipe
         if run.backbone not in BACKBONES or run.head not in HEADS:
             raise RecipeError(f"{run.name}: backbones are {', '.join(BACKBONES)}, heads are {', '.join(HEADS)}")
+        if run.injection not in get_args(Injection):
+            raise RecipeError(f"{run.name}: injections are {', '.join(get_args(Injection))}")
         encoder = recipe.encoder
         shape = encoder.width, encoder.heads, encoder.layers, 1 + encoder.max_events
         target = parameter_count("sasrec", *shape, encoder.inner)
@@ -99,6 +114,7 @@ class UQA:
             ),
             pretraining=replace(recipe.pretraining, seed=run.seed),
             training=replace(recipe.training, seed=run.seed, frozen_encoder=run.head != "resampler"),
+            injection=replace(recipe.injection, kind=run.injection),
         )
 
     def pretrain(self, run: Run, steps: int | None = None) -> Path:
@@ -122,7 +138,7 @@ class UQA:
 
     def align_control(self, run: Run, steps: int | None = None) -> Path:
         """The folder of the learned prompt: the same head and the same questions, but no user."""
-        return self._align(f"{CONTROL}-s{run.seed}", run, steps, pretrained=self.pretrain(run), without_history=True)
+        return self._align(run.control, run, steps, pretrained=self.pretrain(run), without_history=True)
 
     def _align(self, name: str, run: Run, steps: int | None, **options) -> Path:
         folder = self.out / "align" / name
@@ -134,12 +150,17 @@ class UQA:
         return folder
 
     def evaluate(self, run: Run) -> dict:
-        """The table of a run's adapter, which must be there; with differences to the baselines if they are there."""
+        """The table of a run's adapter, which must be there; with differences to the baselines if they are there.
+
+        A run with cross-attention has a learned prompt of its own kind, if that is there.
+        """
         file = self.out / "results" / f"{BASELINES}.json"
         baselines = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
         def make() -> dict:
-            table = soft_table(self.domain, self._model(run.name), run, baselines, self.say)
+            own = run.injection != "soft_prompt" and (self.out / "align" / run.control / "training.json").exists()
+            control = self._model(run.control) if own else None
+            table = soft_table(self.domain, self._model(run.name), run, baselines, self.say, control)
             training = self.out / "align" / run.name / "training.json"
             return {**table, "training": json.loads(training.read_text(encoding="utf-8"))}
 
@@ -147,8 +168,7 @@ class UQA:
 
     def evaluate_baselines(self, control: Run) -> dict:
         """The rows without user tokens: the LLM alone, text, the learned prompt, and floors without an LLM."""
-        name = f"{CONTROL}-s{control.seed}"
-        return self._result(BASELINES, lambda: baselines_table(self.domain, self._model(name), self.say))
+        return self._result(BASELINES, lambda: baselines_table(self.domain, self._model(control.control), self.say))
 
     def _model(self, name: str) -> PersonalizedLM:
         folder = self.out / "align" / name

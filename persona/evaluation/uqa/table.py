@@ -32,11 +32,19 @@ VERSION = 1
 """Of every sub-task; raised when its questions change."""
 
 
-def soft_table(domain: Domain, model: PersonalizedLM, run, baselines: dict | None, say: Callable[[str], None]) -> dict:
+def soft_table(
+    domain: Domain,
+    model: PersonalizedLM,
+    run,
+    baselines: dict | None,
+    say: Callable[[str], None],
+    control: PersonalizedLM | None = None,
+) -> dict:
     """User tokens by number of tokens and by length of the history, beside another user's tokens.
 
-    `baselines` is the result of `baselines_table`, for differences user by user. Raises `DataError` when it is of other
-    questions or other users.
+    `control` is a learned prompt, where that of the baselines is of another kind of injection. `baselines` is the
+    result of `baselines_table`, for differences user by user. Raises `DataError` when it is of other questions or
+    other users.
     """
     table = Table(domain, model, say)
     if baselines is not None and (baselines["n"], baselines["configs"]) != (table.sizes, table.questions):
@@ -47,6 +55,8 @@ def soft_table(domain: Domain, model: PersonalizedLM, run, baselines: dict | Non
     for count in methods.counts:
         table.ask(f"soft_k{count}", methods.soft(model, methods.states, count))
     table.ask("shuffled_user", methods.soft(model, [methods.states[i] for i in table.sample.stranger], most))
+    if control is not None:
+        table.learned_prompt(control)
     ours = f"soft_k{most}"
     lengths = {str(domain.recipe.window): table.summary(table.values[ours])}
     for length in (n for n in LENGTHS if n < domain.recipe.window):
@@ -56,6 +66,8 @@ def soft_table(domain: Domain, model: PersonalizedLM, run, baselines: dict | Non
     others = {"shuffled_user": table.values["shuffled_user"]}
     if baselines is not None:
         others |= {name: np.array(baselines["per_user"][name], float) for name in COMPARED}
+    if control is not None:
+        others["learned_prompt"] = table.values["learned_prompt"]
     paired = {f"{ours} - {name}": table.summary(table.values[ours] - values) for name, values in others.items()}
     lengths = dict(sorted(lengths.items(), key=lambda pair: int(pair[0])))
     return {**result, "paired": paired, "lengths": lengths}
@@ -65,10 +77,9 @@ def baselines_table(domain: Domain, control: PersonalizedLM, say: Callable[[str]
     """The LLM alone, the learned prompt (`control`), the history as text, and floors without an LLM."""
     table = Table(domain, control, say)
     table.values |= floor_values(domain, table.sample, table.tasks, Floors(domain))
-    methods, most = table.methods, control.encoder.config.tokens
+    methods = table.methods
     table.ask("no_history", methods.plain())
-    nobody = control.encoder.encode([History("nobody")])[0]
-    table.ask("learned_prompt", methods.soft(control, [nobody] * len(table.sample.cuts), most))
+    table.learned_prompt(control)
     for budget in TEXT_TOKENS:
         table.ask(f"text_{budget}", methods.text(methods.budget_texts(budget)))
     table.ask(f"retrieved_{TEXT_TOKENS[0]}", list(retrieved(domain, table.sample, control, TEXT_TOKENS[0])))
@@ -114,39 +125,26 @@ class Table:
         self.tokens: dict[str, float] = {}
         self._plain = tokens_of(model, self.methods.plain())
 
-    def score(self, requests: Sequence[Request]) -> np.ndarray:
-        """Accuracy `[users, tasks]`, NaN where a user was not asked."""
-        scores = option_scores(self.model, requests)
+    def score(self, requests: Sequence[Request], model: PersonalizedLM | None = None) -> np.ndarray:
+        """Accuracy `[users, tasks]` of the table's model or another, NaN where a user was not asked."""
+        scores = option_scores(model or self.model, requests)
         return user_accuracy(self.sample, [dict(zip(r.options, s)) for r, s in zip(requests, scores)], self.tasks)
 
-    def ask(self, name: str, requests: Sequence[Request]) -> None:
-        """Adds a row."""
-        self.values[name], self.tokens[name] = self.score(requests), tokens_of(self.model, requests)
+    def learned_prompt(self, control: PersonalizedLM) -> None:
+        """Adds the row of a model trained on empty histories."""
+        nobody = control.encoder.encode([History("nobody")])[0]
+        states = [nobody] * len(self.sample.cuts)
+        self.ask("learned_prompt", self.methods.soft(control, states, control.encoder.config.tokens), control)
+
+    def ask(self, name: str, requests: Sequence[Request], model: PersonalizedLM | None = None) -> None:
+        """Adds a row, of the table's model or another."""
+        self.values[name], self.tokens[name] = self.score(requests, model), tokens_of(model or self.model, requests)
         mean = self.summary(self.values[name])["mean"]["acc"]
         self.say(f"{name:>18}  mean {mean:.3f}  tokens {self.tokens[name]:.0f}")
 
     def summary(self, values: np.ndarray) -> dict:
-        """Mean and interval of each sub-task, of each dimension and of all, over users; what is incomplete is left out.
-
-        A dimension is the mean of its sub-tasks, and `mean` that of all sub-tasks.
-        """
-        answered = [i for i in range(len(self.tasks)) if not np.isnan(values[:, i]).all()]
-        groups = {self.tasks[i]: [i] for i in answered}
-        for name, members in [*DIMENSIONS.items(), ("mean", self.tasks)]:
-            index = [self.tasks.index(task) for task in members if task in self.tasks]
-            if index and set(index) <= set(answered):
-                groups[name] = index
-
-        def statistic(part: np.ndarray) -> np.ndarray:
-            means = np.full(part.shape[1], np.nan)
-            means[answered] = np.nanmean(part[:, answered], axis=0)
-            return np.array([means[index].mean() for index in groups.values()])
-
-        mean, (low, high) = statistic(values), interval(values, statistic, seed=SEED)
-        return {
-            name: {"acc": round(float(a), 4), "low": round(float(b), 4), "high": round(float(c), 4)}
-            for name, a, b, c in zip(groups, mean, low, high)
-        }
+        """See `summary`."""
+        return summary(values, self.tasks)
 
     def _row(self, name: str) -> dict:
         row = self.summary(self.values[name])
@@ -185,6 +183,30 @@ class Table:
             "versions_of_libraries": source["versions"],
             "versions": dict.fromkeys(self.tasks, VERSION),
         }
+
+
+def summary(values: np.ndarray, tasks: Sequence[str]) -> dict:
+    """Mean and interval over users of accuracies `[users, tasks]`: of each sub-task, of each dimension, and of all.
+
+    A dimension is the mean of its sub-tasks, and `mean` that of all sub-tasks; what is incomplete is left out.
+    """
+    answered = [i for i in range(len(tasks)) if not np.isnan(values[:, i]).all()]
+    groups = {tasks[i]: [i] for i in answered}
+    for name, members in [*DIMENSIONS.items(), ("mean", tasks)]:
+        index = [tasks.index(task) for task in members if task in tasks]
+        if index and set(index) <= set(answered):
+            groups[name] = index
+
+    def statistic(part: np.ndarray) -> np.ndarray:
+        means = np.full(part.shape[1], np.nan)
+        means[answered] = np.nanmean(part[:, answered], axis=0)
+        return np.array([means[index].mean() for index in groups.values()])
+
+    mean, (low, high) = statistic(values), interval(values, statistic, seed=SEED)
+    return {
+        name: {"acc": round(float(a), 4), "low": round(float(b), 4), "high": round(float(c), 4)}
+        for name, a, b, c in zip(groups, mean, low, high)
+    }
 
 
 def _listed(values: np.ndarray) -> list[list[float | None]]:

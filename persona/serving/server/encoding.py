@@ -18,6 +18,7 @@ import torch
 
 from persona.errors import PersonaError
 from persona.injection.model import AdapterConfig, PersonalizedLM
+from persona.serving.memory import UnservableError
 from persona.serving.personalizer import CHAT, Outcome, Personalizer
 from persona.serving.server.config import ServerConfig
 from persona.serving.states import UserStates
@@ -32,8 +33,8 @@ STORE_TIMEOUT = 5.0
 class Made(NamedTuple):
     """A request to hand on, what became of the user, and what it took."""
 
-    body: bytes
-    """The request in JSON."""
+    body: bytes | None
+    """The request in JSON; None where the LLM takes no request without user tokens, and this one cannot bring any."""
     outcome: Outcome
     seconds: float = 0.0
     """Time for reading the store, encoding and resampling."""
@@ -75,20 +76,41 @@ class Encoding:
         return await asyncio.get_running_loop().run_in_executor(pool, getattr(self, method), *args)
 
     def personalize(
-        self, route: str, body: dict, user: str, tenant: str, salt: str, instruction: str | None, count: int | None
+        self,
+        route: str,
+        body: dict,
+        user: str | None,
+        tenant: str,
+        salt: str,
+        instruction: str | None,
+        count: int | None,
     ) -> Made:
         """The body with the user's rows in it, or without them and why. Never raises for a store or an encoder."""
         apply = self.personalizer.chat if route.endswith(CHAT) else self.personalizer.completion
         start = time.perf_counter()
+        made = None
         try:
-            body, outcome = apply(body, user, instruction=instruction, count=count, tenant=tenant)
+            made, outcome = apply(body, user, instruction=instruction, count=count, tenant=tenant)
         except TimeoutError:
             outcome = Outcome(False, "timeout")
+        except UnservableError as error:
+            outcome = Outcome(False, error.reason)
         except Exception as error:  # whatever fails in ours, the call is answered
             log_error("personalising failed", error)
             outcome = Outcome(False, "failed")
+        if made is None:
+            made = self._plain(route, body)
         seconds = time.perf_counter() - start
-        return Made(written(body, salt), outcome, seconds, self.states.hits, self.states.misses)
+        sent = None if made is None else written(made, salt)
+        return Made(sent, outcome, seconds, self.states.hits, self.states.misses)
+
+    def _plain(self, route: str, body: dict) -> dict | None:
+        try:
+            return self.personalizer.plain(route, body)
+        except Exception as error:  # it may be what made personalising fail
+            if not isinstance(error, UnservableError):
+                log_error("writing a plain request failed", error)
+            return None
 
     def forget(self, user: str, tenant: str) -> int:
         """Erases a user here and in the store; returns how many events there were."""

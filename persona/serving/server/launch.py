@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from persona.encoders.hub import read_config, resolve
 from persona.errors import CheckpointError, MissingExtraError, PersonaError
 from persona.injection.model import AdapterConfig, base_model_path
+from persona.serving.export import export_adapter
 from persona.serving.server.config import ServerConfig
 from persona.serving.server.flags import MIDDLEWARE, check_vllm_args
 from persona.serving.vllm_offline import import_vllm
@@ -46,6 +47,8 @@ _CPU_VARIABLES = {
     # One core for HTTP and for encoding users: the engine's threads wait for one another in busy loops.
     "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1)),
 }
+_MEMORY_VARIABLES = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+"""Where user tokens are read by cross-attention, which was not tested with vLLM's new model runner."""
 _KV_CACHE_SIZES = ("gpu_memory_utilization", "num_gpu_blocks_override")
 """Flags that size the KV cache in another way."""
 _LEAST_EMBED_BYTES = 4 * 2**20
@@ -69,6 +72,12 @@ def serve_vllm(config: ServerConfig, vllm_args: Sequence[str], say: Callable[[st
 
 def serve_gateway(config: ServerConfig, vllm_args: Sequence[str], host: str | None, port: int | None) -> None:
     """Runs the gateway in front of `config.upstream` until it is stopped. Raises `PersonaError`."""
+    _, adapter = read_adapter(config.adapter)
+    if adapter.injection != "soft_prompt":
+        raise PersonaError(
+            f"{config.adapter} needs an LLM with cross-attention layers, and a gateway cannot see whether the one at "
+            f"{config.upstream} has them; run persona serve without --upstream there"
+        )
     if vllm_args:
         raise PersonaError(f"with --upstream no vLLM is started; give it these arguments: {' '.join(vllm_args)}")
     try:
@@ -99,11 +108,14 @@ def command(
         raise PersonaError(f"--llm is {llm} but vLLM's --model is {given.model}; give --llm alone")
     llm_config = check_width(config.adapter, adapter, llm)
 
+    served = llm if adapter.injection == "soft_prompt" else str(export_adapter(folder, llm=llm))
     defaults = _FLAGS if cuda else {**_FLAGS, **_CPU_FLAGS}
     wanted = [name for name in defaults if not hasattr(given, name)]
     if "VLLM_CPU_KVCACHE_SPACE" in environment or any(hasattr(given, name) for name in _KV_CACHE_SIZES):
         wanted = [name for name in wanted if name != "kv_cache_memory_bytes"]
-    ours = ["--model", llm, "--enable-prompt-embeds"]
+    ours = ["--model", served, "--enable-prompt-embeds"]
+    if served != llm:
+        ours += ["--served-model-name", llm]  # what callers know it by
     for name in wanted:
         ours += [_flag(name)] if defaults[name] is None else [_flag(name), defaults[name]]
     # Ours comes last, which makes it the outermost: no other middleware sees a request that is not authenticated.
@@ -113,6 +125,7 @@ def command(
     variables = {
         "VLLM_MAX_EMBED_DECODE_BYTES": str(_embed_bytes(args, adapter, llm_config)),
         **_VARIABLES,
+        **({} if served == llm else _MEMORY_VARIABLES),
         **({} if cuda else _CPU_VARIABLES),
         **environment,
         **settings,

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from persona.errors import PersonaError
+from persona.serving.memory import check_served
 from persona.serving.personalizer import REASONS, Outcome
 from persona.serving.server import requests
 from persona.serving.server.api import user_api
@@ -82,6 +83,7 @@ class PersonaMiddleware:
             self._service, self._api = service, user_api(service)
         await self._service.start()
         if isinstance(args, Namespace):
+            check_served(self._service.memory, getattr(args, "model", ""))
             own = args.api_key or [os.environ.get("VLLM_API_KEY")]
             if keys := [key for key in own if key]:
                 self._service.auth.accept(keys)
@@ -134,10 +136,11 @@ class PersonaMiddleware:
         service = self._service
         with service.metrics.on_loop():
             body = requests.parse(raw)
-            requests.check(path, body)
+            memory = service.memory is not None
+            requests.check(path, body, memory)
             user = caller.speaks_for(check_caller_user(body.pop("user", None)))
             instruction = requests.instruction_of(headers)
-            count = requests.count_of(headers, service.adapter.tokens)
+            count = requests.count_of(headers, service.adapter.tokens, memory)
         raw, outcome = await service.personalize(path, body, user, caller.tenant, instruction, count)
         if service.config.require_personalization and user is not None and not outcome.personalized:
             raise Refused(503, outcome.reason, f"not personalised: {REASONS[outcome.reason]}")

@@ -10,6 +10,7 @@ from starlette.types import Receive
 
 from persona.serving.personalizer import CHAT, COUNT_HEADER, INSTRUCTION_HEADER
 from persona.serving.server.errors import Refused
+from persona.serving.vllm_memory import ROLE
 
 
 class Disconnected(Exception):
@@ -44,8 +45,17 @@ def parse(body: bytes) -> dict:
     return data
 
 
-def check(route: str, body: dict) -> None:
-    """Raises `Refused` (400) for fields that would harm the engine or another tenant."""
+def check(route: str, body: dict, memory: bool = False) -> None:
+    """Raises `Refused` (400) for fields that would harm the engine or another tenant.
+
+    With `memory` every request has to bring user tokens to cross-attention layers, so what would cut these off or
+    cannot go with them is refused, too.
+    """
+    if _plays(body.get("messages"), ROLE):
+        raise _refused("messages", f"the role {ROLE} is this server's own; leave such messages out")
+    for name in ("truncate_prompt_tokens", "echo", "suffix", "use_beam_search") if memory else ():
+        if body.get(name) is not None and body[name] is not False and body[name] != "":
+            raise _refused(name, f"{name} does not go with user tokens that the LLM reads beside its prompt")
     if body.get("prompt_embeds") is not None or _brings_embeddings(body.get("messages")):
         raise _refused("prompt_embeds", "embeddings are made by this server; set `user` instead of sending them")
     if body.get("cache_salt") is not None:
@@ -66,13 +76,15 @@ def instruction_of(headers: Mapping[str, str]) -> str | None:
         raise _refused(INSTRUCTION_HEADER, "the instruction must be percent-encoded UTF-8") from None
 
 
-def count_of(headers: Mapping[str, str], most: int) -> int | None:
-    """How many user tokens a header asks for. Raises `Refused` (400) outside 1 to `most`."""
+def count_of(headers: Mapping[str, str], most: int, memory: bool = False) -> int | None:
+    """How many user tokens a header asks for. Raises `Refused` (400) outside 1 to `most`; see `check` for `memory`."""
     text = headers.get(COUNT_HEADER)
     if text is None:
         return None
     if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= most:
         raise _refused(COUNT_HEADER, f"this server's adapter makes 1 to {most} user tokens")
+    if memory and most % int(text):
+        raise _refused(COUNT_HEADER, f"this server's LLM reads {most} user tokens, or a number that divides {most}")
     return int(text)
 
 
@@ -91,6 +103,11 @@ def _brings_embeddings(messages: object) -> bool:
             if (isinstance(kind, str) and kind.endswith("embeds")) or any(str(k).endswith("embeds") for k in part):
                 return True
     return False
+
+
+def _plays(messages: object, role: str) -> bool:
+    listed = messages if isinstance(messages, list) else []
+    return any(isinstance(message, dict) and message.get("role") == role for message in listed)
 
 
 def _refused(param: str, message: str) -> Refused:

@@ -12,7 +12,8 @@ from starlette.concurrency import run_in_threadpool
 from persona.errors import PersonaError
 from persona.history import check_user
 from persona.injection.model import AdapterConfig
-from persona.serving.personalizer import Outcome
+from persona.serving.memory import Memory
+from persona.serving.personalizer import CHAT, REASONS, Outcome
 from persona.serving.server.auth import Authenticator, cache_salt, read_secret
 from persona.serving.server.config import ServerConfig
 from persona.serving.server.encoding import STORE_TIMEOUT, Encoding, Made, log_error, written
@@ -31,6 +32,7 @@ class Service:
         self.metrics = Metrics()
         self._secret = read_secret(config.secret_file, "the secret") if config.secret_file else secrets.token_bytes(32)
         self._pending = 0
+        self._memory: Memory | None = None
         self._check: asyncio.Future | None = None
 
     @classmethod
@@ -53,11 +55,11 @@ class Service:
         """The request to hand on, in JSON, with the tenant's salt and the user's rows in it, or without rows and why.
 
         Never raises for a store or an encoder that fails, hangs or is slow; see `require_personalization` for the
-        other choice.
+        other choice. Raises `Refused` for a request that cannot bring user tokens to an LLM that takes none without.
         """
-        salt = cache_salt(self._secret, tenant)
+        salt, memory = cache_salt(self._secret, tenant), self.memory
         reason = "no-user"
-        if user is not None:
+        if user is not None or (memory and not route.endswith(CHAT)):
             try:
                 made: Made = await self._soon("personalize", route, body, user, tenant, salt, instruction, count)
             except TimeoutError:
@@ -68,10 +70,22 @@ class Service:
                 log_error("personalising failed", error)
                 reason = "failed"
             else:
-                self.metrics.encoded(made)
+                if user is not None:
+                    self.metrics.encoded(made)
+                if made.body is None:
+                    raise _unservable(made.outcome.reason)
                 return made.body, made.outcome
+        if memory and not route.endswith(CHAT):
+            raise _unservable(reason)
         with self.metrics.on_loop():
-            return written(body, salt), Outcome(False, reason)
+            return written(memory.chat(body, None) if memory else body, salt), Outcome(False, reason)
+
+    @property
+    def memory(self) -> Memory | None:
+        """What every request must bring to an LLM with cross-attention; None for a stock one."""
+        if self._memory is None:
+            self._memory = Memory.of(self.adapter)
+        return self._memory
 
     async def forget(self, user: str, tenant: str) -> int:
         """Erases a user in the store and in memory; returns how many events there were."""
@@ -119,6 +133,12 @@ class Service:
         self.metrics.pending.set(self._pending)
         if not work.cancelled():
             work.exception()  # looked at, so that a late failure is not reported as never retrieved
+
+
+def _unservable(reason: str) -> Refused:
+    ours = reason in ("failed", "timeout", "busy")
+    why = f"this LLM takes no completion without user tokens, and {REASONS[reason]}"
+    return Refused(503 if ours else 400, reason, why)
 
 
 class _Busy(Exception):

@@ -1,0 +1,13 @@
+"""Pieces of Markdown that the tables of the UQA runs share."""
+
+from __future__ import annotations
+
+
+def head(names: list[str]) -> str:
+    """The first two lines of a table."""
+    return "| " + " | ".join(name.replace("_", " ") for name in names) + " |\n|" + "---|" * len(names)
+
+
+def commands(results: list[dict]) -> str:
+    """The commands that made some results, each once."""
+    return ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in results))

@@ -1,0 +1,44 @@
+"""`export_adapter`: what vLLM serves for an adapter with cross-attention, its LLM with the trained layers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from persona.encoders.hub import read_config, resolve
+from persona.errors import CheckpointError, PersonaError
+from persona.injection.model import AdapterConfig, base_model_path
+from persona.serving.vllm_memory import export_checkpoint
+
+LAYERS = "cross_attention.safetensors"
+
+
+def export_adapter(adapter: str | Path, out: str | Path | None = None, llm: str | None = None) -> Path:
+    """Writes the checkpoint to `out` and returns that folder; the LLM's own weights are linked, not copied.
+
+    `llm` overrides the name that the adapter records. Without `out` it goes to a folder of its own under
+    `$XDG_CACHE_HOME/persona`, by default `~/.cache/persona`. Raises `PersonaError` for an adapter without
+    cross-attention, and for what vLLM cannot serve so; `CheckpointError` for files that are missing or corrupt.
+    """
+    folder = resolve(adapter)
+    config = read_config(AdapterConfig, folder / "adapter_config.json")
+    if config.injection == "soft_prompt":
+        raise PersonaError(f"{adapter} has no cross-attention layers: vLLM serves its LLM as it is, with persona serve")
+    try:
+        layers = load_file(folder / LAYERS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / LAYERS} cannot be read: {error}") from error
+    base = llm or base_model_path(folder, config)
+    if out is None:
+        key = [str(Path(base).resolve()) if Path(base).is_dir() else base, str(config)]
+        digest = hashlib.sha256("\0".join(key).encode() + (folder / LAYERS).read_bytes()).hexdigest()
+        out = _cache() / "persona" / f"{config.domain or 'adapter'}-{digest[:16]}"
+    return export_checkpoint(base, out, layers, tokens=config.tokens, every=config.cross_every)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
