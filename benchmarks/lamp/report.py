@@ -9,13 +9,25 @@ import json
 from pathlib import Path
 
 from persona.evaluation.lamp.methods import METHODS
-from persona.evaluation.lamp.table import interval_cell, shown
+from persona.evaluation.lamp.table import OURS, interval_cell, shown
 from persona.evaluation.lamp.tasks import TASKS
 from persona.evaluation.report import replace_section
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-SHORT = ("no_history", "bm25_k4", "learned_prompt", "shuffled_user", "pplug", "ours", "lora", "user_lora")
+SHORT = (
+    "no_history",
+    "bm25_k4",
+    "learned_prompt",
+    "shuffled_user",
+    "pplug",
+    "ours",
+    "ours_cross",
+    "learned_prompt_cross",
+    "shuffled_user_cross",
+    "lora",
+    "user_lora",
+)
 """Rows of the README's table."""
 
 
@@ -32,7 +44,7 @@ def main() -> None:
 
 
 def table(result: dict, names: tuple[str, ...] | None = None) -> str:
-    """Floors, then the methods, with ours minus each of them."""
+    """Floors, then the methods, with ours minus each of them, as a soft prompt and by cross-attention."""
     metrics = shown(TASKS[result["task"]])
     main = names or [name for name in result["results"] if name not in METHODS or not METHODS[name].ablation]
     return "\n".join([title(result), "", *rows(result, main, metrics), "", caption(result)])
@@ -49,17 +61,17 @@ def rows(result: dict, names, metrics: list[str]) -> list[str]:
     """Lines of a table of these methods, as far as they were run."""
     first = {"rmse": "mse"}  # the metric that is a mean, for differences
     compared = first.get(metrics[0], metrics[0])
-    lines = [
-        "| | " + " | ".join(metrics) + f" | ours minus it, {compared} | prompt tokens | s / example |",
-        "|---" * (len(metrics) + 4) + "|",
-    ]
+    taken = {key: ours for key, ours in OURS.items() if result.get(key)}
+    columns = [*metrics, *(f"{ours} minus it, {compared}" for ours in taken.values()), "prompt tokens", "s / example"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
         row = result["results"].get(name)
         if row is None:
             continue
         cells = [interval_cell(row[metric]) for metric in metrics]
-        paired = result["paired"].get(name, {}).get(compared)
-        cells.append(f"{paired['value']:+.3f} [{paired['low']:+.3f}, {paired['high']:+.3f}]" if paired else "")
+        for key in taken:
+            paired = result[key].get(name, {}).get(compared)
+            cells.append(f"{paired['value']:+.3f} [{paired['low']:+.3f}, {paired['high']:+.3f}]" if paired else "")
         cost = [row.get("tokens", ""), row.get("seconds", "")]
         lines.append(f"| {name} | " + " | ".join(map(str, [*cells, *cost])) + " |")
     return lines

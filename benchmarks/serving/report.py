@@ -18,6 +18,13 @@ KINDS = {
     "personalised_new_instruction": "**personalised**, new instruction at every call",
     "text_400": "history as 400 tokens of text",
 }
+COST = "cross-attention-cost"
+READ_BY = {
+    "plain": "no user, stock vLLM",
+    "soft_prompt": "**soft prompt**",
+    "cross_attention": "**cross-attention**",
+    "cross_attention_nobody": "no user, with cross-attention",
+}
 
 
 def main() -> None:
@@ -27,6 +34,8 @@ def main() -> None:
     replace_section(details, "serving", "\n\n".join(load_table(result) for result in loads))
     replace_section(details, "isolation", isolation_table(load("isolation")))
     replace_section(details, "faults", faults_table(load("faults")))
+    if (RESULTS / f"{COST}.json").exists():
+        replace_section(details, COST, cross_attention_table(load(COST)))
     replace_section(ROOT / "README.md", "serving", summary(loads, load("isolation")))
 
 
@@ -54,6 +63,8 @@ def load_table(result: dict) -> str:
                 cells += [between(table.get(f"{key}_{kind}")) for key in ("throughput_to_plain", "throughput_to_text")]
                 cells.append(between(table.get(f"added_latency_ms_{kind}"), 1))
                 lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    if "without_plug_in" in result:
+        lines += ["", *ready_made_table(result["without_plug_in"])]
     cold, plug_in, memory = result["cold_user"], result["plug_in"], result["memory"]
     lines += [
         "",
@@ -64,6 +75,50 @@ def load_table(result: dict) -> str:
         f"the event loop was {plug_in['longest_stretch_on_event_loop_ms']:.0f} ms. Memory: {memory['added_mib']} MiB "
         f"more than plain vLLM's server, after the load. Seed {result['seed']}, {result['machine']['cores']} cores "
         f"({result['machine']['cpu']}). Made by `{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
+def ready_made_table(workloads: dict) -> list[str]:
+    """What vLLM itself takes for calls that bring ready-made rows, without a plug-in or an encoder."""
+    lines = [
+        "The same vLLM without the plug-in, asked with ready-made rows: what is left is vLLM's own share.",
+        "",
+        "| answers | callers | calls/s, plain | with rows | throughput to plain | added latency, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for workload, tables in workloads.items():
+        for callers, table in tables.items():
+            rates = [table[kind]["requests_per_second"] for kind in ("plain", "ready_made_rows")]
+            ratio = between(table["throughput_to_plain_ready_made_rows"])
+            cells = [workload, callers, *rates, ratio, between(table["added_latency_ms_ready_made_rows"], 1)]
+            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return lines
+
+
+def cross_attention_table(result: dict) -> str:
+    """Throughput, time to first token and memory of user tokens in the prompt and beside it."""
+    lines = [
+        "| callers | call | calls/s | throughput to plain | first token, ms | added to the first token, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for callers, table in result["callers"].items():
+        for kind, name in READ_BY.items():
+            row, own = table[kind], kind != "plain"
+            cells = [callers, name, row["requests_per_second"], between(row["throughput_to_plain"]) if own else ""]
+            cells += [row["first_token_ms"], between(row["added_first_token_ms"], 1) if own else ""]
+            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    memory, size = result["memory"], {k: f"{v:,}" for k, v in result["memory"]["parameters"].items()}
+    layout = memory["layout"]
+    lines += [
+        "",
+        f"Streams of 16 tokens, {result['n']['users']} users; medians over rounds in random order, with bootstrap 95% "
+        f"intervals. The LLM has {size['llm']} parameters, its {memory['layers']} cross-attention layers "
+        f"{size['cross_attention']}, encoder {size['encoder']}, projector {size['projector']}. A user's "
+        f"{layout['tokens']} tokens are {memory['user_tokens_bytes']:,} bytes; in the KV cache "
+        f"{memory['kv_cache_bytes_soft_prompt']:,} bytes as a soft prompt and "
+        f"{memory['kv_cache_bytes_cross_attention']:,} as {layout['slots']} slots. Seed {result['seed']}, "
+        f"{result['machine']['cores']} cores. Made by `{result['command']}`.",
     ]
     return "\n".join(lines)
 

@@ -22,8 +22,11 @@ DIFFERENCES = [
 CONTROLS = ("shuffled_user", "learned_prompt")
 
 
-def injections(runs: list[dict], baselines: dict) -> str:
-    """Means over seeds of the encoder that was run with all kinds, and their differences user by user."""
+def injections(runs: list[dict], baselines: dict, *, short: bool = False) -> str:
+    """Means over seeds of the encoder that was run with all kinds, and their differences user by user.
+
+    In `short` only the rows with one token and with all tokens.
+    """
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for run in runs:
         own = run["config"]["run"]
@@ -33,18 +36,18 @@ def injections(runs: list[dict], baselines: dict) -> str:
     lines = []
     for (backbone, reader), kinds in groups.items():
         if len(kinds) == len(KINDS):
-            lines += [f"**{backbone}, {reader}**", "", *_tables(kinds, baselines), ""]
+            lines += [f"**{backbone}, {reader}**", "", *_tables(kinds, baselines, short), ""]
     return "\n".join(lines).strip() or "(not run yet)"
 
 
-def _tables(kinds: dict[str, list[dict]], baselines: dict) -> list[str]:
+def _tables(kinds: dict[str, list[dict]], baselines: dict, short: bool) -> list[str]:
     tasks = list(baselines["n"]["answers"])
     most = f"soft_k{kinds['soft_prompt'][0]['config']['tokens']}"
     names = [name for name in kinds["soft_prompt"][0]["results"] if name.startswith("soft_k")]
     lines = [head(["injection", "user tokens", "seeds", *COLUMNS, "mean of each seed"])]
     for kind in KINDS:
         own = sorted(kinds[kind], key=lambda run: run["config"]["run"]["seed"])
-        for name in [*names, *CONTROLS]:
+        for name in ["soft_k1", most] if short else [*names, *CONTROLS]:
             of = [run for run in own if name in run["results"]]
             if kind == "soft_prompt" and name == "learned_prompt":
                 of = [baselines]

@@ -33,6 +33,7 @@ def main() -> None:
     replace_section(details, "uqa-paired", paired(runs))
     replace_section(details, "uqa-lengths", lengths(runs))
     replace_section(details, "injection", injections(every, baselines))
+    replace_section(readme, "injection", injections(every, baselines, short=True))
     replace_section(readme, "uqa", table(baselines, repeated(runs) or runs[:2]))
     for name, write in (("uqa-ranking", ranking), ("uqa-speed", speed)):
         file = RESULTS / f"{name}.json"

@@ -223,7 +223,7 @@ class LampBench:
             part = order[first : first + BATCH]
             rows = model.rows([asked[i] for i in part])
             prompts = [model.template.prompt(texts[i], count if rows is not None else 0) for i in part]
-            tokens += sum(len(prompt.ids) for prompt in prompts)
+            tokens += sum(len(prompt.ids) + prompt.memory for prompt in prompts)
             flat = None if rows is None else rows[:, :count].flatten(0, 1)
             made = model.complete(prompts, flat, max_new_tokens=self.domain.recipe.new_tokens)
             answers |= {self.samples[i].id: text for i, text in zip(part, made)}

@@ -32,6 +32,9 @@ class Method:
     """Whether the row explains others: it takes something away, or retrieves by chance."""
 
 
+CROSS = ("injection.kind=cross_attention",)
+"""Our user tokens as a memory beside the prompt, with controls of their own."""
+
 METHODS: dict[str, Method] = {
     "no_history": Method(),
     **{
@@ -43,6 +46,9 @@ METHODS: dict[str, Method] = {
     "shuffled_user": Method("ours", trained="ours", profile="other"),
     "pplug": Method("pplug"),
     "ours": Method("ours"),
+    "learned_prompt_cross": Method("ours", profile="none", changes=CROSS),
+    "shuffled_user_cross": Method("ours", trained="ours_cross", profile="other", changes=CROSS),
+    "ours_cross": Method("ours", changes=CROSS),
     "ours_bm25_k1": Method("ours", "bm25", 1),
     "lora": Method("lora"),
     "lora_bm25_k4": Method("lora", "bm25", 4),
@@ -52,6 +58,7 @@ METHODS: dict[str, Method] = {
     "ours_k1": Method("ours", trained="ours", tokens=1, ablation=True),
     "ours_k2": Method("ours", trained="ours", tokens=2, ablation=True),
     "ours_k4": Method("ours", trained="ours", tokens=4, ablation=True),
+    "ours_cross_k1": Method("ours", trained="ours_cross", tokens=1, changes=CROSS, ablation=True),
     "ours_k16": Method("ours", changes=("encoder.tokens=16",), ablation=True),
     "ours_no_instruction": Method("ours", changes=("instruction=false",), ablation=True),
     "ours_no_labels": Method("ours", changes=("labels=false",), ablation=True),

@@ -2,7 +2,7 @@
 
 All are `SoftPromptLM`s with the same three members, so that one trainer and one table serve them:
 
-    soft                 how many soft rows a prompt has
+    soft                 how many user tokens, or other soft rows, come with a prompt
     condition(samples)   arguments of `forward` that say who asks, beside `batch`
     rows(samples)        the soft rows `[B, soft, llm_width]` at inference, or None
 """
@@ -30,7 +30,10 @@ class OurLM(PersonalizedLM):
 
     def __init__(self, llm, tokenizer, encoder: UserEncoder, recipe: LampRecipe, *, without_history: bool = False):
         """`without_history` empties every profile: a learned prompt that knows the inputs but no user."""
-        super().__init__(llm, tokenizer, encoder, domain=recipe.name)
+        injection = recipe.injection
+        super().__init__(
+            llm, tokenizer, encoder, injection=injection.kind, cross_every=injection.every, domain=recipe.name
+        )
         self.recipe, self.without_history = recipe, without_history
 
     @property

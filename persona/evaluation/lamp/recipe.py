@@ -14,7 +14,7 @@ from persona.evaluation.lamp.tasks import TASKS
 from persona.history import ReaderSpec, SourceSpec
 from persona.history.config import load_config
 from persona.history.source import STRICT
-from persona.training.configs import LMConfig, TrainingConfig
+from persona.training.configs import InjectionConfig, LMConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ class LampRecipe:
     """Questions after one such text."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """Our user encoder."""
+    injection: InjectionConfig = field(default_factory=InjectionConfig)
+    """How our user tokens enter the LLM."""
     labels: bool = True
     """Whether our encoder and PPlug see the answers of a profile's items."""
     instruction: bool = True

@@ -20,7 +20,8 @@ from persona.evaluation.lamp.sample import Sample
 from persona.evaluation.lamp.tasks import TASKS, Task
 from persona.evaluation.runner import git_hash
 
-OURS = "ours"
+OURS = {"paired": "ours", "paired_cross": "ours_cross"}
+"""Keys of a result that hold differences, and the method that the others are taken from."""
 
 
 def lamp_table(bench: LampBench, names: Sequence[str]) -> dict:
@@ -38,16 +39,19 @@ def lamp_table(bench: LampBench, names: Sequence[str]) -> dict:
         rows[name] = {**metrics(task, samples, answers[name], bench.seed), **cost}
         bench.say(f"{name:>22}  " + "  ".join(f"{k} {rows[name][k]['value']:.4f}" for k in shown(task)))
     paired = {
-        name: differences(task, samples, answers[OURS], given, bench.seed)
-        for name, given in answers.items()
-        if OURS in names and name != OURS
+        key: {
+            name: differences(task, samples, answers[ours], given, bench.seed)
+            for name, given in answers.items()
+            if ours in names and name != ours
+        }
+        for key, ours in OURS.items()
     }
     return {
         "name": "-".join([bench.domain.recipe.name, *([] if bench.part == "test" else [bench.part]), f"s{bench.seed}"]),
         "kind": "lamp",
         "task": task.name,
         "results": rows,
-        "paired": paired,
+        **paired,
         **about(bench, names),
     }
 

@@ -51,11 +51,8 @@ def run_uqa(
     control = Run(backbones[0], "resampler", seeds[0], name)
     for run in runs:
         bench.align(run, steps)
-    if baselines:
-        bench.align_control(control, steps)
-    for injection in injections:
-        if injection != "soft_prompt":
-            bench.align_control(replace(control, injection=injection), steps)
+    for injection in dict.fromkeys(["soft_prompt", *injections]) if baselines else ():
+        bench.align_control(replace(control, injection=injection), steps)
     if until == "align":
         return []
     results = [bench.evaluate_baselines(control)] if baselines else []

@@ -78,6 +78,11 @@ _REFUSED = (
     _Refusal("enable_scale_out", "its routes take token ids and cache salts of the caller's own; leave it out"),
 )
 
+_REFUSED_WITH_MEMORY = (
+    _Refusal("chat_template", "the exported one puts the user tokens in front of each chat; leave it out"),
+    _Refusal("enable_lora", "LoRA beside cross-attention was not tested; leave it out"),
+)
+
 _VARIABLES = {
     "VLLM_USE_RUST_FRONTEND": _NO_HTTP,
     "VLLM_SERVER_DEV_MODE": "it opens routes that control the engine, and logs stack traces that quote users",
@@ -87,14 +92,15 @@ _VARIABLES = {
 """Environment variables that are refused when they are on."""
 
 
-def check_vllm_args(args: Namespace, environment: Mapping[str, str] = os.environ) -> None:
+def check_vllm_args(args: Namespace, environment: Mapping[str, str] = os.environ, *, memory: bool = False) -> None:
     """Raises `PersonaError`, with the reason and what to do, for arguments or variables known to be wrong.
 
-    `args` are vLLM's own, as its parser makes them; an attribute that is missing counts as not given.
+    `args` are vLLM's own, as its parser makes them; an attribute that is missing counts as not given. With `memory`
+    the LLM reads user tokens by cross-attention, and more is wrong; `vllm_memory.limits` finds the rest in the engine.
     """
     if not getattr(args, "enable_prompt_embeds", False):
         raise PersonaError("vLLM takes user tokens only with --enable-prompt-embeds; add it")
-    for name, why, values in _REFUSED:
+    for name, why, values in (*_REFUSED, *(_REFUSED_WITH_MEMORY if memory else ())):
         value = getattr(args, name, None)
         if value in values if values else value not in (None, False):
             raise _refused(name, f" {value}" if values else "", why)

@@ -131,7 +131,7 @@ def command(
         **settings,
         "PERSONA_LLM": llm,
     }
-    check_vllm_args(args, variables)
+    check_vllm_args(args, variables, memory=served != llm)
     return [sys.executable, "-m", SERVER, *flags], variables
 
 

@@ -83,7 +83,10 @@ class PersonaMiddleware:
             self._service, self._api = service, user_api(service)
         await self._service.start()
         if isinstance(args, Namespace):
-            check_served(self._service.memory, getattr(args, "model", ""))
+            memory = self._service.memory
+            check_served(memory, getattr(args, "model", ""))
+            if memory:
+                check_vllm_args(args, memory=True)
             own = args.api_key or [os.environ.get("VLLM_API_KEY")]
             if keys := [key for key in own if key]:
                 self._service.auth.accept(keys)

@@ -60,7 +60,7 @@ def launch(argv, log, port=None, environment=None):
     return Server(process, f"http://127.0.0.1:{port}", Path(log))
 
 
-def ready(server, seconds=180):
+def ready(server, seconds=300):
     """The server, once it answers."""
     end = time.monotonic() + seconds
     while True:

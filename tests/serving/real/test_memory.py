@@ -15,13 +15,13 @@ from persona.injection import PersonalizedLM, load_llm
 
 from .conftest import ADAPTER, FLAGS, LLM, serving
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SYSTEM = {"role": "system", "content": "You answer questions about the users of a shop in one word."}
 QUESTIONS = ["What does this user buy most?", "What did this user buy most lately?"]
 
 
-@pytest.fixture(scope="module", params=["cross_attention", pytest.param("both", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["cross_attention", "both"])
 def adapter(request, tmp_path_factory):
     """The demo's encoder with layers that nobody trained, so that users are answered differently."""
     soft = PersonalizedLM.from_pretrained(ADAPTER)
@@ -33,8 +33,9 @@ def adapter(request, tmp_path_factory):
     model.projector.load_state_dict(soft.projector.state_dict())
     with torch.no_grad():
         for layer in model.cross_attention.layers.values():
-            layer.gate.fill_(1.0)
+            layer.gate.fill_(2.0)
             layer.to_k.weight.mul_(4)
+            layer.to_o.weight.mul_(6)
     return model.save_pretrained(tmp_path_factory.mktemp(request.param) / "adapter")
 
 
@@ -117,7 +118,6 @@ def test_the_command_line_refuses_another_kind_and_a_gateway(adapter):
         assert run.returncode == 1 and said in run.stderr
 
 
-@pytest.mark.slow
 def test_in_process(adapter, database, expected, tmp_path, monkeypatch):
     """`Persona` and `wrap` on the offline engine, in this process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

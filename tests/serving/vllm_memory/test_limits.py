@@ -143,5 +143,5 @@ def test_vllm_knows_our_models_and_keeps_its_own():
 @pytest.mark.slow
 def test_a_refusal_reaches_whoever_starts_the_engine(deploy):
     d = deploy(tokens=40)
-    with pytest.raises(AssertionError, match=r"(?s)PersonaError.*--enable-prompt-embeds.*--block-size 128"):
+    with pytest.raises(AssertionError, match=r"(?s)PersonaError.*--block-size 128.*--enable-prompt-embeds"):
         d.served([], 1, bare=True, enable_prompt_embeds=False, block_size=128)
