@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from persona.cli import quiet
+from persona.cli.common import quiet
 from persona.encoders import TextEncoder
 from persona.evaluation.lamp.retrieval import Bm25, Recency
 from persona.evaluation.lamp.sample import Sample

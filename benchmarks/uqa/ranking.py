@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import set_seed
 
-from persona.cli import quiet
+from persona.cli.common import quiet
 from persona.encoders import EncoderConfig, TextEncoder, UserEncoder, Vocabulary
 from persona.encoders.backbones import BACKBONES
 from persona.encoders.backbones.matching import matched_inner, parameter_count

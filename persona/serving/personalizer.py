@@ -79,7 +79,9 @@ class Personalizer:
             return None, Outcome(False, "unknown-user")
         if len(state.states) == 1:  # the start state alone
             return None, Outcome(False, "unknown-sources", state.truncated)
-        rows = torch.stack([self._made((state, self.states.instruction(text))) for text in instructions])[:, :count]
+        asked = [self.states.instruction(text) for text in instructions]
+        made = [self.states.made(state, one, lambda one=one: self._made((state, one))) for one in asked]
+        rows = torch.stack(made)[:, :count]
         check_rows(rows.flatten(0, 1), self.model.adapter.llm_width)
         return rows, Outcome(True, truncated=state.truncated)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from cachetools import LRUCache
 
 from persona.encoders import InstructionState, UserEncoder, UserState
@@ -19,6 +21,8 @@ from persona.store import EventStore
 _STRIPES = 64
 _INSTRUCTIONS_MIB = 32
 """Memory for the states of instructions, 5 to 200 KB each."""
+_MADE_MIB = 64
+"""Memory for what was made of a user and an instruction, 4 KB for a small LLM to 128 KB for a large one each."""
 
 
 class _Known(NamedTuple):
@@ -34,6 +38,19 @@ class _Known(NamedTuple):
         return self.state.nbytes
 
 
+class _Made(NamedTuple):
+    """What was made of a state and an instruction, for as long as both are the same."""
+
+    of: weakref.ref[UserState]
+    by: weakref.ref[InstructionState]
+    tensor: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.tensor.nbytes
+
+
 class UserStates:
     """States by (tenant, user) and store revision: a new event extends the cached state, nothing is encoded twice.
 
@@ -47,6 +64,7 @@ class UserStates:
         """Look-ups answered from memory, and those that had to encode."""
         self._states: LRUCache[tuple[str, str], _Known] = _lru(cache_mib)
         self._instructions: LRUCache[str, InstructionState] = _lru(_INSTRUCTIONS_MIB)
+        self._made: LRUCache[tuple[int, int], _Made] = _lru(_MADE_MIB)
         self._instructed = Combined(encoder.instruct, patience)
         self._lock = threading.Lock()
         self._encoding = [threading.Lock() for _ in range(_STRIPES)]
@@ -87,6 +105,19 @@ class UserStates:
                     self._forget_texts(history.events)
             return state
 
+    def made(self, state: UserState, instruction: InstructionState, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `make` gives for a user's state and an instruction's, kept for when both are asked for again."""
+        key = id(state), id(instruction)
+        with self._lock:
+            known, forgotten = self._made.get(key), self._forgotten
+        if known and known.of() is state and known.by() is instruction:  # and not others that lie where these lay
+            return known.tensor
+        tensor = make()
+        with self._lock:
+            if forgotten == self._forgotten:
+                _put(self._made, key, _Made(weakref.ref(state), weakref.ref(instruction), tensor))
+        return tensor
+
     def instruction(self, text: str) -> InstructionState:
         """The state of an instruction, encoded when it is asked for the first time."""
         text = text[:INSTRUCTION_LENGTH]
@@ -112,6 +143,7 @@ class UserStates:
             with self._lock:
                 self._forgotten += 1
                 self._instructions.clear()  # any of them may quote what is to be forgotten
+                self._made.clear()
                 known = self._states.pop((tenant, user), None)
             # What is in memory may have come after the history was read, or be forgotten already by another process.
             self._forget_texts([*history.events, *(known.events if known else ())])

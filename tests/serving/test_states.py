@@ -267,3 +267,37 @@ def test_instructions_are_forgotten_with_any_user(states, store, encoder, early_
     states.forget("ana")
     early_states.go.set()
     assert len(late.result(30).latents) and not states._instructions, "it may quote her"
+
+
+def test_what_was_made_of_a_user_and_an_instruction_is_kept_until_either_changes(states, store):
+    store.append("ana", [Event("purchase", 1.0, text="violin music")])
+    made = []
+
+    def ask(text):
+        def make():
+            made.append(text)
+            return torch.ones(4, 8)
+
+        return states.made(states.get("ana"), states.instruction(text), make)
+
+    ask("What next?"), ask("What next?"), ask("And then?"), ask("What next?")
+    assert made == ["What next?", "And then?"]
+    store.append("ana", [Event("purchase", 2.0, text="drum music")])
+    ask("What next?")
+    assert made == ["What next?", "And then?", "What next?"]  # the state is another
+    states.instruction("What next?")
+    states._instructions.clear()
+    ask("What next?")
+    assert len(made) == 4  # so is the instruction's
+
+
+def test_forgetting_anybody_leaves_nothing_that_was_made(states, store, pool):
+    for user in ("ana", "bo"):
+        store.append(user, [Event("purchase", 1.0, text="violin music")])
+    state, instruction = states.get("ana"), states.instruction("What next?")
+    states.made(state, instruction, lambda: torch.ones(1))
+    assert len(states._made) == 1
+    states.forget("bo")
+    assert not states._made
+    made = states.made(state, instruction, lambda: (states.forget("ana"), torch.ones(1))[1])  # while it is made
+    assert made.item() == 1 and not states._made

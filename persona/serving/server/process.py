@@ -173,7 +173,7 @@ async def _serve(connection: socket.socket) -> None:
 
 def main() -> None:
     """Entry point of the child process."""
-    from persona.cli import quiet
+    from persona.cli.common import quiet
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; its end is ours
     logging.basicConfig(format="%(levelname)s persona: %(message)s")
