@@ -1,6 +1,11 @@
 """Real objects that many tests share: a text encoder, a small generated shop, and a tiny random LLM."""
 
+import io
 import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Pinned to one core, as is its way, vLLM would wait for whatever else runs on that core.
@@ -21,6 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from persona.cli import main
 from persona.demo.shop import generate_shop
 from persona.encoders import EncoderConfig, TextEncoder, UserEncoder, Vocabulary
 from persona.history import Event, History
@@ -33,6 +39,22 @@ from persona.training.reference_lm import domain_lines, train_tokenizer
 torch.set_num_threads(1)  # tiny models gain nothing from more, and waiting threads starve each other
 
 DEMO = Path(__file__).parents[1] / "adapters" / "demo" / "recipe.yaml"
+
+
+@pytest.fixture(scope="session")
+def run():
+    """`persona ARGS` in this process, as importing PyTorch for each call takes its time: what it prints, its status."""
+
+    def run(*args):
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        with patch.object(sys, "argv", ["persona", *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as stopped:
+                status = stopped.code or 0
+        return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+
+    return run
 
 
 @pytest.fixture(scope="session")

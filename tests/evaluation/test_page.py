@@ -230,16 +230,15 @@ def test_files_that_cannot_be_read_or_written_are_errors(page, tmp_path):
         write_page([tmp_path / "0.json"], tmp_path)
 
 
-def test_the_verb_writes_both_files_and_its_errors_are_one_line(tmp_path):
+def test_the_verb_writes_both_files_and_its_errors_are_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps(uqa()))
-    verb = [sys.executable, "-m", "persona.cli", "bench", "report"]
-    options = ["--out", "out/report.html", "--markdown", "report.md"]
-    run = subprocess.run([*verb, "a.json", *options], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0 and "wrote out/report.html and report.md" in run.stderr, run.stderr
+    done = run("bench", "report", "a.json", "--out", "out/report.html", "--markdown", "report.md")
+    assert done.returncode == 0 and "wrote out/report.html and report.md" in done.stderr, done.stderr
     assert "| sasrec-s0 | K = 8 | 0.580 [0.530, 0.630] |" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "<svg" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    run = subprocess.run([*verb, "b.json"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.startswith("persona: b.json does not exist")
+    done = run("bench", "report", "b.json")
+    assert done.returncode == 1 and done.stderr.startswith("persona: b.json does not exist")
 
 
 @pytest.mark.parametrize("library", ["jinja2", "matplotlib"])

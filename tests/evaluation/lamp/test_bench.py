@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -422,12 +420,12 @@ def test_one_user_alone_is_an_error_that_says_so(bench, tmp_path, llm_path):
         lamp_table(bench(data=tmp_path / "records", llm=llm_path, changes=changes), ["no_history"])
 
 
-def test_the_verb_writes_and_shows_the_table(recipe, records, lm, tmp_path):
-    verb = [sys.executable, "-m", "persona.cli", "bench", "lamp", recipe, "--data", records, "--llm", lm]
+def test_the_verb_writes_and_shows_the_table(run, recipe, records, lm, tmp_path):
+    verb = ["bench", "lamp", recipe, "--data", records, "--llm", lm]
     options = ["--out", tmp_path / "out", "--method", "no_history", "--method", "recency_k1", "--seed", 3]
-    run = subprocess.run(list(map(str, [*verb, *options])), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip().startswith("| | mae | rmse | prompt tokens | s / example |")
+    done = run(*verb, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith("| | mae | rmse | prompt tokens | s / example |")
     result = json.loads((tmp_path / "out" / "results" / "films-s3.json").read_text())
     assert list(result["results"])[-2:] == ["no_history", "recency_k1"] and result["seed"] == 3
     assert result["command"].startswith("persona bench lamp ")
