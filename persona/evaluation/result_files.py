@@ -154,7 +154,10 @@ def without_seed(text: str) -> str:
 
 def _settings(result: Result) -> str:
     """All that seeds of one run share: their data, and their configuration apart from the seed and its name."""
-    return without_seed(json.dumps([result.data["data_sha256"], _seedless(result.data["config"])], sort_keys=True))
+    config = _seedless(result.data["config"])
+    if isinstance(config.get("run"), dict):  # before there was another, files did not say so
+        config["run"] = {"injection": "soft_prompt", **config["run"]}
+    return without_seed(json.dumps([result.data["data_sha256"], config], sort_keys=True))
 
 
 def _seedless(value: object) -> object:
