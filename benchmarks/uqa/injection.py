@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from report_rows import commands, head
 
-from persona.evaluation.report import cell
+from persona.errors import DataError
+from persona.evaluation.report import cell, label
 from persona.evaluation.uqa.table import summary
 from persona.evaluation.uqa.tasks import DIMENSIONS
 
@@ -19,6 +20,8 @@ DIFFERENCES = [
     (("cross_attention", "soft_k1"), ("soft_prompt", "most")),
 ]
 """Pairs of (kind, row) whose difference is shown; "most" is the row with all tokens."""
+WITHOUT_TOKENS = ("text_full", "item_cosine", "ease")
+"""Baselines, of which the last two know nothing but the next item."""
 CONTROLS = ("shuffled_user", "learned_prompt")
 
 
@@ -36,6 +39,7 @@ def injections(runs: list[dict], baselines: dict, *, short: bool = False) -> str
     lines = []
     for (backbone, reader), kinds in groups.items():
         if len(kinds) == len(KINDS):
+            _check([baselines, *(run for own in kinds.values() for run in own)])
             lines += [f"**{backbone}, {reader}**", "", *_tables(kinds, baselines, short), ""]
     return "\n".join(lines).strip() or "(not run yet)"
 
@@ -53,6 +57,8 @@ def _tables(kinds: dict[str, list[dict]], baselines: dict, short: bool) -> list[
                 of = [baselines]
             if of:
                 title, count = _label(name, most)
+                if of == [baselines]:
+                    title += f" ({baselines['config']['backbone']})"
                 row = summary(_over_seeds(of, name), tasks)
                 each = ", ".join(f"{run['results'][name]['mean']['acc']:.3f}" for run in of)
                 cells = " | ".join(cell(row.get(column)) for column in COLUMNS)
@@ -61,6 +67,8 @@ def _tables(kinds: dict[str, list[dict]], baselines: dict, short: bool) -> list[
     for left, right in DIFFERENCES:
         (first, one), (second, two) = ((kinds[k], most if name == "most" else name) for k, name in (left, right))
         seeds = {run["config"]["run"]["seed"] for run in first} & {run["config"]["run"]["seed"] for run in second}
+        if not seeds:
+            continue
         values = [
             _over_seeds([run for run in part if run["config"]["run"]["seed"] in seeds], name)
             for part, name in ((first, one), (second, two))
@@ -69,6 +77,12 @@ def _tables(kinds: dict[str, list[dict]], baselines: dict, short: bool) -> list[
         titles = [f"{KINDS[k]}, K = {name[6:]}" for k, name in ((left[0], one), (right[0], two))]
         cells = " | ".join(cell(row.get(column), signed=True) for column in COLUMNS)
         lines.append(f"| {titles[0]} minus {titles[1]}, {len(seeds)} seeds | {cells} |")
+    for kind in ("soft_prompt", "cross_attention"):
+        for other in WITHOUT_TOKENS:
+            theirs = np.array(baselines["per_user"][other], float)
+            row = summary(_over_seeds(kinds[kind], most) - theirs, tasks)
+            cells = " | ".join(cell(row.get(column), signed=True) for column in COLUMNS)
+            lines.append(f"| {KINDS[kind]}, K = {most[6:]} minus {label(other)} | {cells} |")
     trained = {k: runs[0]["training"]["trained_parameters"] for k, runs in kinds.items()}
     sizes = ", ".join(f"{KINDS[k]} {trained[k]:,}" for k in KINDS)
     shown = [run for k in KINDS for run in kinds[k]]
@@ -79,6 +93,16 @@ def _tables(kinds: dict[str, list[dict]], baselines: dict, short: bool) -> list[
         f"{sizes}; {shown[0]['training']['steps']} steps each. Made by {commands(shown)}.",
     ]
     return lines
+
+
+def _check(results: list[dict]) -> None:
+    """Raises `DataError` unless all are of the same questions to the same users."""
+    for result in results[1:]:
+        for key in ("configs", "n", "data_sha256"):
+            if result[key] != results[0][key]:
+                raise DataError(
+                    f"{result['name']} has another {key} than {results[0]['name']}; they cannot be compared"
+                )
 
 
 def _over_seeds(runs: list[dict], name: str) -> np.ndarray:

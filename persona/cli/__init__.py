@@ -204,7 +204,7 @@ def export(
     from persona.serving.export import export_adapter
 
     folder = export_adapter(adapter, out, llm)
-    say(f"wrote {folder}; the LLM's own weights are linked. Serve it with: persona serve --adapter {adapter}")
+    say(f"wrote {folder}; the LLM's own weights are linked (persona serve --adapter {adapter} makes one by itself)")
 
 
 def _secret(file: Path | None) -> str | None:

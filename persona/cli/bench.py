@@ -60,7 +60,7 @@ def bench_uqa(
     backbone: Annotated[list[str] | None, typer.Option(help="Backbone to run; repeat for several.")] = None,
     head: Annotated[list[str] | None, typer.Option(help="resampler, linear or mlp; repeat for several.")] = None,
     injection: Annotated[
-        list[str] | None, typer.Option(help="soft_prompt, cross_attention or both; repeat for several.")
+        list[str] | None, typer.Option(help="soft_prompt, cross_attention or both, instead of the recipe's.")
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seed of training; repeat for several.")] = None,
     change: Change = None,
@@ -86,7 +86,7 @@ def bench_uqa(
         backbones=backbone or ["sasrec"],
         heads=head or ["resampler"],
         seeds=seed or [0],
-        injections=injection or ["soft_prompt"],
+        injections=injection,
         name=name,
         until=stage,
         pretrain_steps=pretrain_steps,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -17,6 +19,21 @@ from torch.nn import functional as F
 from persona.errors import PersonaError
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class _Reading:
+    """What the layers of one model read now."""
+
+    of: CrossAttention
+    memory: torch.Tensor
+    mask: torch.Tensor | None
+    kept: dict[str, KeysValues] = field(default_factory=dict)
+    """Keys and values that were made already, by layer."""
+
+
+_NOW: ContextVar[_Reading | None] = ContextVar("persona_reading", default=None)
+"""Each thread's own, as an LLM may be asked from several, for several users."""
 _SAMPLE = 256
 """Tokens on which the size of hidden states is measured."""
 
@@ -52,11 +69,12 @@ class GatedCrossAttention(nn.Module):
 class CrossAttention(nn.Module):
     """The layers of one LLM, after blocks 0, n, 2n...; they read only inside `reading`, else the LLM is as it was.
 
-    Holds no reference to the LLM, whose blocks are hooked, so its state is the layers' alone. Raises `PersonaError`
-    for an LLM whose blocks cannot be found, and for `every` below 1.
+    Holds no reference to the LLM, whose blocks are hooked, so its state is the layers' alone. `scaled` measures the
+    LLM for the initial weights, which layers that are to be loaded do not need. Raises `PersonaError` for an LLM whose
+    blocks cannot be found, and for `every` below 1.
     """
 
-    def __init__(self, llm: nn.Module, every: int = 2):
+    def __init__(self, llm: nn.Module, every: int = 2, *, scaled: bool = True):
         super().__init__()
         if every < 1:
             raise PersonaError(f"cross-attention layers stand after every n-th block, with n of 1 or more, not {every}")
@@ -71,11 +89,8 @@ class CrossAttention(nn.Module):
         }
         self.every = every
         self.layers = nn.ModuleDict({str(i): GatedCrossAttention(**shape) for i in range(0, len(blocks), every)})
-        if not next(blocks.parameters()).is_meta:
+        if scaled:
             self._scale(llm, blocks)
-        self._memory: torch.Tensor | None = None
-        self._mask: torch.Tensor | None = None
-        self._kept: dict[str, KeysValues] = {}
         for name in self.layers:
             blocks[int(name)].register_forward_hook(self._hook(name))
 
@@ -109,24 +124,25 @@ class CrossAttention(nn.Module):
     def reading(self, memory: torch.Tensor | None, mask: torch.Tensor | None = None) -> Iterator[None]:
         """Within, the LLM reads `memory` `[B, K, width]`, where `mask` `[B, K]` is True; keys and values are made once.
 
-        An all-zero memory leaves the LLM exactly as it was, as does None.
+        An all-zero memory leaves the LLM exactly as it was, as does None. Other threads do not see it.
         """
-        self._memory, self._mask = memory, None if mask is None else mask[:, None, None]
+        reading = None if memory is None else _Reading(self, memory, None if mask is None else mask[:, None, None])
+        before = _NOW.set(reading)
         try:
             yield
         finally:
-            self._memory = self._mask = None
-            self._kept = {}
+            _NOW.reset(before)
 
     def _hook(self, name: str):
         def read(block: nn.Module, args: tuple, hidden: torch.Tensor) -> torch.Tensor:
-            if self._memory is None:
+            now = _NOW.get()
+            if now is None or now.of is not self:
                 return hidden
             layer = self.layers[name]
-            if name not in self._kept:
-                self._kept[name] = layer.keys_values(self._memory.to(layer.gate.dtype))
-            keys, values = self._kept[name]
-            mask, copies = self._mask, len(hidden) // len(keys)
+            if name not in now.kept:
+                now.kept[name] = layer.keys_values(now.memory.to(layer.gate.dtype))
+            keys, values = now.kept[name]
+            mask, copies = now.mask, len(hidden) // len(keys)
             if copies > 1:  # generate() with several sequences, or beams, for each prompt
                 keys, values = keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0)
                 mask = None if mask is None else mask.repeat_interleave(copies, 0)

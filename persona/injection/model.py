@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ from persona.injection.llm import default_device, load_llm
 from persona.injection.projector import Projector, mean_row_norm
 from persona.injection.soft_prompt import Injection, Messages, Prompt, last_user_turn
 from persona.injection.soft_prompt_lm import LORA_TARGETS, SoftPromptBatch, SoftPromptLM
+
+LAYERS = "cross_attention.safetensors"
+"""Where an adapter keeps its cross-attention layers."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class AdapterConfig:
     """How user tokens enter the LLM."""
     cross_every: int = 0
     """Cross-attention layers stand after blocks 0, n, 2n...; 0 where there are none."""
+    layers_sha256: str = ""
+    """Of cross_attention.safetensors, so that an LLM exported with other layers is not taken for this one's."""
     lora: bool = False
     """Whether a peft LoRA for the LLM lies in the folder `lora`."""
     domain: str = ""
@@ -49,7 +55,7 @@ class AdapterConfig:
 class PersonalizedLM(SoftPromptLM):
     """User encoder + projector + frozen LLM, with an optional LoRA.
 
-    `row_norm`, the scale of the soft rows, is measured on the LLM unless it is given.
+    `row_norm`, the scale of the soft rows, is measured on the LLM unless it is given, for weights that are loaded.
     """
 
     def __init__(
@@ -64,7 +70,7 @@ class PersonalizedLM(SoftPromptLM):
         domain: str = "",
         row_norm: float | None = None,
     ):
-        super().__init__(llm, tokenizer, injection, cross_every)
+        super().__init__(llm, tokenizer, injection, cross_every, scaled=row_norm is None)
         self.encoder = encoder
         width = llm.get_input_embeddings().weight.shape[1]
         norm = mean_row_norm(llm) if row_norm is None else row_norm
@@ -112,12 +118,15 @@ class PersonalizedLM(SoftPromptLM):
     def prompt_rows(self, prompt: Prompt, rows: torch.Tensor | None) -> torch.Tensor:
         """The whole prompt as embeddings `[L, llm_width]`, its soft positions holding `rows` `[count, llm_width]`.
 
-        Raises `PersonaError` for an LLM loaded without weights whose embeddings were not found either.
+        Raises `PersonaError` for an LLM loaded without weights whose embeddings were not found either, and for token
+        ids that it does not have.
         """
         embeddings = self.llm.get_input_embeddings()
         if embeddings.weight.is_meta:
             raise PersonaError(f"{self.adapter.base_model} was loaded without its embeddings; only chats can be asked")
-        ids = torch.tensor([i if token else 0 for i, token in zip(prompt.ids, prompt.is_token)])
+        ids = torch.tensor([i if token else 0 for i, token in zip(prompt.ids, prompt.is_token)], dtype=torch.long)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(embeddings.weight):
+            raise PersonaError(f"the prompt holds a token id beyond the LLM's {len(embeddings.weight)}")
         embeds = embeddings(ids.to(embeddings.weight.device))
         if prompt.count:
             embeds[prompt.start : prompt.start + prompt.count] = rows.to(embeds)
@@ -159,14 +168,16 @@ class PersonalizedLM(SoftPromptLM):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.cross_attention is not None:
+            layers = folder / LAYERS
+            save_file(self.cross_attention.layers.state_dict(), layers)
+            self.adapter = replace(self.adapter, layers_sha256=hashlib.sha256(layers.read_bytes()).hexdigest())
         saved = asdict(self.adapter)
         if Path(saved["base_model"]).is_dir():  # relative to the adapter, so that the two can be moved together
             saved["base_model"] = Path(os.path.relpath(saved["base_model"], folder)).as_posix()
         (folder / "adapter_config.json").write_text(json.dumps(saved, indent=2) + "\n")
         self.encoder.save_pretrained(folder / "encoder")
         save_file(self.projector.state_dict(), folder / "projector.safetensors")
-        if self.cross_attention is not None:
-            save_file(self.cross_attention.layers.state_dict(), folder / "cross_attention.safetensors")
         if self.adapter.lora:
             self.llm.save_pretrained(folder / "lora")
         return folder
@@ -176,7 +187,7 @@ class PersonalizedLM(SoftPromptLM):
         load_weights(self.encoder, folder / "encoder" / "model.safetensors")
         load_weights(self.projector, folder / "projector.safetensors")
         if self.cross_attention is not None:
-            load_weights(self.cross_attention.layers, folder / "cross_attention.safetensors")
+            load_weights(self.cross_attention.layers, folder / LAYERS)
         if self.adapter.lora:
             self.load_lora(folder / "lora")
 
@@ -221,7 +232,7 @@ class PersonalizedLM(SoftPromptLM):
         )
         load_weights(model.projector, folder / "projector.safetensors")
         if model.cross_attention is not None:
-            load_weights(model.cross_attention.layers, folder / "cross_attention.safetensors")
+            load_weights(model.cross_attention.layers, folder / LAYERS)
         if config.lora and llm_weights:
             try:
                 from peft import PeftModel
@@ -230,8 +241,9 @@ class PersonalizedLM(SoftPromptLM):
             model.llm = PeftModel.from_pretrained(model.llm, folder / "lora")
         model.adapter = replace(config, base_model=name)
         device = device or default_device()
-        for part in (model.encoder, model.projector, *([model.llm] if llm_weights else [])):
-            part.to(device)
+        for part in (model.encoder, model.projector, model.cross_attention, *([model.llm] if llm_weights else [])):
+            if part is not None:
+                part.to(device)
         return model.eval()
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:

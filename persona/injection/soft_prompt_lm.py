@@ -43,14 +43,23 @@ class SoftPromptBatch:
 class SoftPromptLM(nn.Module):
     """A frozen LLM and its prompt template, with an optional LoRA; what makes the soft rows is a subclass's.
 
-    With the injection "cross_attention" or "both" it has trainable layers after every `cross_every`-th block.
+    With the injection "cross_attention" or "both" it has trainable layers after every `cross_every`-th block; for
+    `scaled` see `CrossAttention`.
     """
 
-    def __init__(self, llm: nn.Module, tokenizer, injection: Injection = "soft_prompt", cross_every: int = 2):
+    def __init__(
+        self,
+        llm: nn.Module,
+        tokenizer,
+        injection: Injection = "soft_prompt",
+        cross_every: int = 2,
+        *,
+        scaled: bool = True,
+    ):
         super().__init__()
         self.template = PromptTemplate(tokenizer, injection)
         self.llm = llm.requires_grad_(False)
-        self.cross_attention = None if injection == "soft_prompt" else CrossAttention(llm, cross_every)
+        self.cross_attention = None if injection == "soft_prompt" else CrossAttention(llm, cross_every, scaled=scaled)
 
     def train(self, mode: bool = True):
         """Dropout of what is trained follows `mode`; the frozen LLM stays in evaluation mode."""

@@ -11,10 +11,8 @@ from safetensors.torch import load_file
 
 from persona.encoders.hub import read_config, resolve
 from persona.errors import CheckpointError, PersonaError
-from persona.injection.model import AdapterConfig, base_model_path
+from persona.injection.model import LAYERS, AdapterConfig, base_model_path
 from persona.serving.vllm_memory import export_checkpoint
-
-LAYERS = "cross_attention.safetensors"
 
 
 def export_adapter(adapter: str | Path, out: str | Path | None = None, llm: str | None = None) -> Path:
@@ -28,16 +26,20 @@ def export_adapter(adapter: str | Path, out: str | Path | None = None, llm: str 
     config = read_config(AdapterConfig, folder / "adapter_config.json")
     if config.injection == "soft_prompt":
         raise PersonaError(f"{adapter} has no cross-attention layers: vLLM serves its LLM as it is, with persona serve")
+    if config.lora:
+        raise PersonaError(f"{adapter} has a LoRA, which the export would leave out; merge it into the LLM first")
     try:
-        layers = load_file(folder / LAYERS)
+        layers, digest = load_file(folder / LAYERS), hashlib.sha256((folder / LAYERS).read_bytes()).hexdigest()
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / LAYERS} cannot be read: {error}") from error
+    if digest != config.layers_sha256:
+        raise CheckpointError(f"{folder / LAYERS} is not the file that adapter_config.json was written with")
     base = llm or base_model_path(folder, config)
     if out is None:
         key = [str(Path(base).resolve()) if Path(base).is_dir() else base, str(config)]
-        digest = hashlib.sha256("\0".join(key).encode() + (folder / LAYERS).read_bytes()).hexdigest()
-        out = _cache() / "persona" / f"{config.domain or 'adapter'}-{digest[:16]}"
-    return export_checkpoint(base, out, layers, tokens=config.tokens, every=config.cross_every)
+        own = hashlib.sha256("\0".join(key).encode()).hexdigest()
+        out = _cache() / "persona" / f"{config.domain or 'adapter'}-{own[:16]}"
+    return export_checkpoint(base, out, layers, tokens=config.tokens, every=config.cross_every, layers_sha256=digest)
 
 
 def _cache() -> Path:

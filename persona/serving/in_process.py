@@ -5,7 +5,7 @@ A twin is of the LLM's own class and is the LLM in everything else: both share a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -13,9 +13,11 @@ import torch
 from persona.errors import PersonaError
 from persona.injection.soft_prompt import Prompt
 from persona.serving.local import Local, per_prompt
+from persona.serving.memory import check_layers
 from persona.serving.personalizer import CHAT, Outcome
 from persona.serving.rows import check_rows
-from persona.serving.vllm_offline import memory_layout, vllm_input
+from persona.serving.vllm_memory import ROLE
+from persona.serving.vllm_offline import vllm_input
 
 LLM = TypeVar("LLM")
 Users = str | None | Sequence[str | None]
@@ -31,12 +33,7 @@ def wrap_llm(llm: LLM, local: Local) -> LLM:
     if not config.enable_prompt_embeds:
         raise PersonaError("start this LLM with vllm.LLM(..., enable_prompt_embeds=True)")
     _check_width(local, config.get_hidden_size())
-    memory, layout = local.persona.personalizer.memory, memory_layout(llm)
-    if layout != (memory.layout if memory else None):
-        raise PersonaError(
-            f"the adapter gives user tokens for {memory.layout if memory else 'a stock LLM'}, but this LLM is "
-            f"{layout or 'a stock one'}; with cross-attention, load what `persona export` writes for the adapter"
-        )
+    check_layers(local.persona.personalizer.memory, vars(config.hf_config), config.model)
     return _twin(llm, _PersonalLLM, local)
 
 
@@ -74,8 +71,11 @@ class _PersonalLLM:
         Prompts are text or token ids; those of other kinds are answered plainly. `instruction` defaults to each
         prompt's last user turn. Raises `PersonaError` for another number of users, and for `prompt_logprobs`.
         """
-        if user_id is None and not self._persona_local.persona.personalizer.memory:
+        memory = self._persona_local.persona.personalizer.memory
+        if user_id is None and not memory:
             return super().generate(prompts, sampling_params, **kwargs)
+        if memory:
+            _check_memory(kwargs)
         _check_sampling(sampling_params)
         listed = _listed(prompts)
         placed = [
@@ -96,8 +96,13 @@ class _PersonalLLM:
         **kwargs,
     ):
         """As `vllm.LLM.chat`, with one user for all conversations or one for each; see `generate`."""
-        if user_id is None and not self._persona_local.persona.personalizer.memory:
+        memory = self._persona_local.persona.personalizer.memory
+        if user_id is None and not memory:
             return super().chat(messages, sampling_params, *args, **kwargs)
+        if memory:
+            if args:
+                raise PersonaError("name all arguments of chat() but the messages and the sampling parameters")
+            _check_memory(kwargs, [messages] if messages and isinstance(messages[0], dict) else messages)
         _check_sampling(sampling_params)
         chats = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         local = self._persona_local
@@ -109,6 +114,23 @@ class _PersonalLLM:
         ]
         outputs = super().chat([body["messages"] for body, _ in edited], sampling_params, *args, **kwargs)
         return _noted(outputs, [outcome for _, outcome in edited])
+
+    def enqueue(self, *args, **kwargs):
+        """As `vllm.LLM.enqueue`. Raises `PersonaError` where the LLM needs user tokens."""
+        return self._persona_stock("enqueue", args, kwargs)
+
+    def enqueue_chat(self, *args, **kwargs):
+        """As `vllm.LLM.enqueue_chat`. Raises `PersonaError` where the LLM needs user tokens."""
+        return self._persona_stock("enqueue_chat", args, kwargs)
+
+    def beam_search(self, *args, **kwargs):
+        """As `vllm.LLM.beam_search`. Raises `PersonaError` where the LLM needs user tokens."""
+        return self._persona_stock("beam_search", args, kwargs)
+
+    def _persona_stock(self, name: str, args: tuple, kwargs: dict):
+        if self._persona_local.persona.personalizer.memory:
+            raise PersonaError(f"{name}() brings no user tokens, which this LLM needs; use generate() or chat()")
+        return getattr(super(), name)(*args, **kwargs)
 
     def _persona_input(self, given, user: str | None, instruction: str | None, tokens: int | None):
         """A prompt with the user's rows as vLLM takes it, and the outcome."""
@@ -194,6 +216,15 @@ def _check_sampling(sampling) -> None:
     for one in sampling if isinstance(sampling, Sequence) else [sampling]:
         if getattr(one, "prompt_logprobs", None) is not None:
             raise PersonaError("prompt_logprobs stops vLLM's engine beside embeddings; leave it or the user id out")
+
+
+def _check_memory(kwargs: Mapping, chats: Sequence[Sequence[Mapping]] = ()) -> None:
+    """Raises `PersonaError` for what could cut off or replace the user tokens in front of a prompt."""
+    for name in ("tokenization_kwargs", "chat_template", "chat_template_kwargs"):
+        if kwargs.get(name):
+            raise PersonaError(f"{name} could move the user tokens that this LLM needs; leave it out")
+    if any(message.get("role") == ROLE for chat in chats for message in chat):
+        raise PersonaError(f"the role {ROLE} is persona's own; leave such messages out")
 
 
 def _listed(prompts) -> list:

@@ -76,6 +76,10 @@ class Local:
         count, most = self.tokens if given is None else given, self.persona.model.adapter.tokens
         if count is not None and not 1 <= count <= most:
             raise PersonaError(f"this adapter makes 1 to {most} user tokens, not {count}")
+        if count is not None and self.persona.personalizer.memory and most % count:
+            raise PersonaError(
+                f"this adapter's LLM reads {most} user tokens, or a number that divides {most}: not {count}"
+            )
         return count
 
     def guard(self, work: Callable[[], tuple[T, Outcome]], plain: T) -> tuple[T, Outcome]:

@@ -7,7 +7,8 @@ without them: a user who is not known brings zeros, which change nothing, and wh
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from persona.errors import PersonaError
 from persona.injection.model import AdapterConfig
 from persona.serving.rows import embeddings_part
 from persona.serving.vllm_memory import ROLE, MemoryLayout, memory_rows
-from persona.serving.vllm_memory.layout import KEY
+from persona.serving.vllm_memory.layout import KEY, LAYERS
 
 
 class UnservableError(PersonaError):
@@ -36,13 +37,16 @@ class Memory:
     """How many slots there are, and how many of them are read."""
     width: int
     """Hidden size of the LLM."""
+    layers_sha256: str
+    """Which training the layers are of."""
 
     @classmethod
     def of(cls, adapter: AdapterConfig) -> Memory | None:
         """None for an adapter without cross-attention, whose LLM is served as it is."""
         if adapter.injection == "soft_prompt":
             return None
-        return cls(MemoryLayout.for_tokens(adapter.tokens, adapter.cross_every), adapter.llm_width)
+        layout = MemoryLayout.for_tokens(adapter.tokens, adapter.cross_every)
+        return cls(layout, adapter.llm_width, adapter.layers_sha256)
 
     def rows(self, rows: torch.Tensor | None) -> torch.Tensor:
         """User tokens `[count, width]`, or nobody's, as the `[slots, width]` that open a request."""
@@ -63,19 +67,20 @@ class Memory:
 
 
 def check_served(memory: Memory | None, model: str) -> None:
-    """Raises `PersonaError` unless the LLM `model` takes user tokens as an adapter with this `memory` gives them."""
-    wanted, found = memory.layout if memory else None, _layout(model)
-    if wanted == found:
+    """Raises `PersonaError` unless the LLM `model`, in vLLM, is the one that an adapter with this `memory` is for."""
+    file = Path(model) / "config.json"  # an exported checkpoint always is a folder
+    check_layers(memory, json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}, model)
+
+
+def check_layers(memory: Memory | None, config: Mapping, model: str) -> None:
+    """The same, from the LLM's configuration."""
+    found = config.get(KEY)
+    wanted = asdict(memory.layout) if memory else None
+    if found == wanted and (not memory or config.get(LAYERS) == memory.layers_sha256):
         return
-    ours, its = (f"cross-attention layers ({layout})" if layout else "none" for layout in (wanted, found))
+    what = "other cross-attention layers" if found and memory else "cross-attention layers" if found else "none"
     raise PersonaError(
-        f"the adapter's user tokens are for {ours}, but {model} has {its}; with cross-attention serve what "
-        "`persona export` writes for the adapter, else the LLM as it is"
+        f"the adapter's user tokens are for {'its own cross-attention layers' if memory else 'a stock LLM'}, but "
+        f"{model} has {what}; with cross-attention serve what `persona export` writes for the adapter, else the LLM as "
+        "it is"
     )
-
-
-def _layout(model: str) -> MemoryLayout | None:
-    """The layout of an exported checkpoint, which always is a folder."""
-    file = Path(model) / "config.json"
-    entry = json.loads(file.read_text(encoding="utf-8")).get(KEY) if file.exists() else None
-    return MemoryLayout(**entry) if entry else None

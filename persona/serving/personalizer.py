@@ -34,6 +34,7 @@ REASONS = {
     "timeout": "encoding the user took longer than the budget",
     "busy": "too many users are being encoded",
     "failed": "the store or the encoder failed",
+    "bad-prompt": "the prompt is not one that this LLM can read",
 }
 """Why a call is answered plainly: the word in headers and metrics, and what it means."""
 
@@ -143,10 +144,13 @@ class Personalizer:
         for name in ("echo", "suffix"):
             if body.get(name):
                 raise UnservableError(name, REASONS[name])
-        prompts = _prompts(body.get("prompt"))
-        if not prompts:
-            return body  # which no engine takes
-        embedded = self._embedded(body, prompts, None) if len(prompts) <= MOST_PROMPTS else None
+        try:
+            prompts = _prompts(body.get("prompt"))
+            if not prompts:
+                raise PersonaError("there is no prompt")
+            embedded = self._embedded(body, prompts, None) if len(prompts) <= MOST_PROMPTS else None
+        except PersonaError:
+            raise UnservableError("bad-prompt", REASONS["bad-prompt"]) from None
         if embedded is None:
             raise UnservableError("too-long", REASONS["too-long"])
         return embedded

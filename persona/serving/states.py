@@ -66,7 +66,7 @@ class UserStates:
         self._instructions: LRUCache[str, InstructionState] = _lru(_INSTRUCTIONS_MIB)
         self._made: LRUCache[tuple[int, int], _Made] = _lru(_MADE_MIB)
         self._instructed = Combined(encoder.instruct, patience)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # taken again where dropping a state drops what was made of it
         self._encoding = [threading.Lock() for _ in range(_STRIPES)]
         self._forgotten = 0
 
@@ -115,8 +115,14 @@ class UserStates:
         tensor = make()
         with self._lock:
             if forgotten == self._forgotten:
-                _put(self._made, key, _Made(weakref.ref(state), weakref.ref(instruction), tensor))
+                gone = lambda _: self._drop(key)  # noqa: E731
+                _put(self._made, key, _Made(weakref.ref(state, gone), weakref.ref(instruction, gone), tensor))
         return tensor
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        """Forgets what was made of a state or an instruction that is no longer in memory."""
+        with self._lock:
+            self._made.pop(key, None)
 
     def instruction(self, text: str) -> InstructionState:
         """The state of an instruction, encoded when it is asked for the first time."""

@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -238,6 +240,31 @@ def test_half_precision_stays_close(llm_path, tokenizer, encoder):
         close = model.logits(rows, batch)
     assert close.dtype == torch.bfloat16
     assert (close.float() - exact).abs().mean() < 0.1 * exact.std()
+
+
+def test_threads_read_their_own_users(make):
+    """Both wait for each other inside the LLM, between a user's being set and being read."""
+    model = open_gates(make("cross_attention"))
+    rows, batch = memories(model, 2), model.collate([model.template.prompt(ASK, 4)])
+    with torch.inference_mode():
+        expected = [model.logits(rows[i : i + 1], batch) for i in range(2)]
+    together = threading.Barrier(2)
+    first = model.llm.model.layers[0].register_forward_pre_hook(lambda *_: (together.wait(30), None)[1])
+
+    def ask(i):
+        with torch.inference_mode():
+            return model.logits(rows[i : i + 1], batch)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(ask, range(2)))
+    first.remove()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_a_loaded_model_is_on_one_device(make, tmp_path):
+    saved = make("cross_attention").save_pretrained(tmp_path / "adapter")
+    loaded = PersonalizedLM.from_pretrained(saved, device="meta")
+    assert {p.device.type for p in loaded.parameters()} == {"meta"}
 
 
 def test_cross_attention_alone_reads_nothing_outside_its_block(make):

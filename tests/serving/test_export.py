@@ -14,6 +14,7 @@ from persona.cli import app
 from persona.errors import CheckpointError, PersonaError
 from persona.injection import PersonalizedLM, Prompt, load_llm
 from persona.serving.export import export_adapter
+from persona.serving.memory import Memory, check_served
 from persona.serving.server.config import ServerConfig
 from persona.serving.server.launch import command
 
@@ -48,16 +49,31 @@ def test_without_a_folder_it_goes_to_the_cache_and_each_training_to_its_own(adap
     first = export_adapter(adapter)
     assert first.parent == tmp_path / "cache" / "persona" and first.name.startswith("shop-")
     assert export_adapter(adapter) == first
-    weights = load_file(adapter / "cross_attention.safetensors")
-    from safetensors.torch import save_file
-
-    save_file({k: v + 1 for k, v in weights.items()}, adapter / "cross_attention.safetensors")
-    assert export_adapter(adapter) != first
+    model = PersonalizedLM.from_pretrained(adapter)
+    with torch.no_grad():
+        model.cross_attention.layers["0"].gate.fill_(1)
+    model.save_pretrained(adapter)
+    again = export_adapter(adapter)
+    assert again != first
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (first, again))
+    assert old["persona_memory"] == new["persona_memory"] and old["persona_layers"] != new["persona_layers"]
+    memory = Memory.of(model.adapter)
+    check_served(memory, str(again))
+    with pytest.raises(PersonaError, match="has other cross-attention layers"):
+        check_served(memory, str(first))
 
 
 def test_what_cannot_be_exported(adapter, model, tmp_path):
     with pytest.raises(PersonaError, match="no cross-attention layers: vLLM serves its LLM as it is"):
         export_adapter(model.save_pretrained(tmp_path / "soft"), tmp_path / "out")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora": True}))
+    with pytest.raises(PersonaError, match="has a LoRA, which the export would leave out"):
+        export_adapter(adapter, tmp_path / "out")
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "layers_sha256": "0" * 64}))
+    with pytest.raises(CheckpointError, match=r"is not the file that adapter_config\.json was written with"):
+        export_adapter(adapter, tmp_path / "out")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
     (adapter / "cross_attention.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match=r"cross_attention\.safetensors cannot be read"):
         export_adapter(adapter, tmp_path / "out")
@@ -85,6 +101,9 @@ def test_a_plain_endpoint_and_a_plain_model_are_refused(adapter, llm_path, tmp_p
     with pytest.raises(PersonaError, match="a plain endpoint has none: run `persona serve`"):
         wrap(client, persona, mode="embeds")
     llm, _ = load_llm(llm_path)
+    assert wrap(client, persona, tokens=2) is not client
+    with pytest.raises(PersonaError, match="divides 4: not 3"):
+        wrap(client, persona, tokens=3)
     with pytest.raises(PersonaError, match="which this model does not have"):
         wrap(llm, persona)
 

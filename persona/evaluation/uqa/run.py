@@ -21,7 +21,7 @@ def run_uqa(
     backbones: Sequence[str],
     heads: Sequence[str],
     seeds: Sequence[int],
-    injections: Sequence[Injection] = ("soft_prompt",),
+    injections: Sequence[Injection] | None = None,
     name: str = "",
     until: str = "all",
     pretrain_steps: int | None = None,
@@ -29,12 +29,14 @@ def run_uqa(
     baselines: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[dict]:
-    """Every backbone with every head, injection and seed, up to the stage `until`; returns the results, says the table.
+    """Every backbone with every head, injection (the recipe's by default) and seed, up to the stage `until`.
 
-    `name` marks runs whose recipe was changed. Each kind of injection has a learned prompt of its own, of the shape of
-    the first run; the baselines' is a soft prompt. Finished stages are not run again.
+    Returns the results and says the table. `name` marks runs whose recipe was changed. Each kind of injection has a
+    learned prompt of its own, of the shape of the first run; the baselines' is a soft prompt. Finished stages are not
+    run again.
     """
     bench = UQA(domain, llm, out, say)
+    injections = injections or [domain.recipe.injection.kind]
     runs = [
         Run(backbone, head, seed, name, injection)
         for backbone in backbones

@@ -68,7 +68,8 @@ class Run:
     @property
     def control(self) -> str:
         """Name of the learned prompt's folder."""
-        return "-".join(filter(None, (CONTROL, self._injected, f"s{self.seed}")))
+        changed = self.label if self._injected else ""  # soft prompts share one, whatever else is changed
+        return "-".join(filter(None, (CONTROL, self._injected, changed, f"s{self.seed}")))
 
     @property
     def _injected(self) -> str:

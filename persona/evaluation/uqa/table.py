@@ -66,6 +66,8 @@ def soft_table(
     others = {"shuffled_user": table.values["shuffled_user"]}
     if baselines is not None:
         others |= {name: np.array(baselines["per_user"][name], float) for name in COMPARED}
+    if run.injection != "soft_prompt":
+        others.pop("learned_prompt", None)  # which is a soft prompt
     if control is not None:
         others["learned_prompt"] = table.values["learned_prompt"]
     paired = {f"{ours} - {name}": table.summary(table.values[ours] - values) for name, values in others.items()}

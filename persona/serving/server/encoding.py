@@ -99,18 +99,15 @@ class Encoding:
             log_error("personalising failed", error)
             outcome = Outcome(False, "failed")
         if made is None:
-            made = self._plain(route, body)
+            try:
+                made = self.personalizer.plain(route, body)
+            except UnservableError as error:
+                outcome = Outcome(False, error.reason)
+            except Exception as error:  # it may be what made personalising fail
+                log_error("writing a plain request failed", error)
         seconds = time.perf_counter() - start
         sent = None if made is None else written(made, salt)
         return Made(sent, outcome, seconds, self.states.hits, self.states.misses)
-
-    def _plain(self, route: str, body: dict) -> dict | None:
-        try:
-            return self.personalizer.plain(route, body)
-        except Exception as error:  # it may be what made personalising fail
-            if not isinstance(error, UnservableError):
-                log_error("writing a plain request failed", error)
-            return None
 
     def forget(self, user: str, tenant: str) -> int:
         """Erases a user here and in the store; returns how many events there were."""

@@ -65,6 +65,8 @@ class EncodingProcess:
             raise EncodingLostError("the encoding process ended before it was ready; its log says why") from None
         if isinstance(told, str):
             raise PersonaError(told)
+        if self.adapter not in (None, told):  # the LLM may have been exported with layers of the other
+            raise PersonaError("the adapter's files are of another training than at the start; restart the server")
         self.adapter, self._writer = told, writer
         self._reading = asyncio.create_task(self._read_answers(reader))
 

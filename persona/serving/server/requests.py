@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
+from functools import cache
 from urllib.parse import unquote
 
 from starlette.types import Receive
@@ -53,6 +55,9 @@ def check(route: str, body: dict, memory: bool = False) -> None:
     """
     if _plays(body.get("messages"), ROLE):
         raise _refused("messages", f"the role {ROLE} is this server's own; leave such messages out")
+    template = body.get("chat_template_kwargs") if memory else None
+    if isinstance(template, Mapping) and (strange := sorted(_rendering().intersection(template))):
+        raise _refused("chat_template_kwargs", f"{strange[0]} could move the user tokens in front of the prompt")
     for name in ("truncate_prompt_tokens", "echo", "suffix", "use_beam_search") if memory else ():
         if body.get(name) is not None and body[name] is not False and body[name] != "":
             raise _refused(name, f"{name} does not go with user tokens that the LLM reads beside its prompt")
@@ -103,6 +108,14 @@ def _brings_embeddings(messages: object) -> bool:
             if (isinstance(kind, str) and kind.endswith("embeds")) or any(str(k).endswith("embeds") for k in part):
                 return True
     return False
+
+
+@cache
+def _rendering() -> frozenset[str]:
+    """Names that would say how a chat is rendered or tokenized; all others are the template's own."""
+    from transformers import PreTrainedTokenizerBase
+
+    return frozenset([*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages", ROLE])
 
 
 def _plays(messages: object, role: str) -> bool:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from persona.errors import CheckpointError, PersonaError
 from persona.injection.soft_prompt import PLAIN_TEMPLATE
-from persona.serving.vllm_memory.layout import ROLE, MemoryLayout
+from persona.serving.vllm_memory.layout import LAYERS, ROLE, MemoryLayout
 from persona.serving.vllm_memory.limits import has_sliding_window
 from persona.serving.vllm_memory.plugin import ARCHITECTURES
 
@@ -43,12 +43,14 @@ def export_checkpoint(
     tokens: int,
     every: int,
     slots: int | None = None,
+    layers_sha256: str = "",
 ) -> Path:
     """Writes to `out` the LLM `base` with trained layers, `CrossAttention.layers.state_dict()`; returns `out`.
 
     `tokens` of `slots` positions are read, after blocks 0, `every`, 2 * `every`...; slots are as few as hold the
-    tokens in whole blocks of 32 unless given. An earlier export at `out` is replaced as a whole, or stays if it is the
-    same. Raises `PersonaError` for an LLM that cannot be served so, and for layers that are not of this LLM.
+    tokens in whole blocks of 32 unless given. `layers_sha256` names their training, for whoever serves this. An earlier
+    export at `out` is replaced as a whole, or stays if it is the same. Raises `PersonaError` for an LLM that cannot be
+    served so, and for layers that are not of this LLM.
     """
     out, layout = Path(out), MemoryLayout.for_tokens(tokens, every, slots)
     source = _source(base)
@@ -72,7 +74,7 @@ def export_checkpoint(
             _write_json(index, building / INDEX)
         content = json.loads((source / "config.json").read_text(encoding="utf-8"))
         content["architectures"] = [ARCHITECTURES[config.architectures[0]]]
-        _write_json(content | layout.to_config(), building / "config.json")
+        _write_json(content | layout.to_config() | {LAYERS: layers_sha256}, building / "config.json")
         _write_templates(source, building)
         building.chmod(0o755)
         _replace(out, building)

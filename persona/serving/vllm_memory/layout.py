@@ -8,6 +8,8 @@ from persona.errors import PersonaError
 
 KEY = "persona_memory"
 """Its entry in config.json."""
+LAYERS = "persona_layers"
+"""The entry beside it that says which training the layers are of: the digest of their file."""
 ROLE = "persona_memory"
 """Role of the first chat message, which carries the rows as a `prompt_embeds` part."""
 SLOT_MULTIPLE = 32

@@ -124,12 +124,26 @@ def test_what_fails_or_is_slow_brings_zeros_or_is_refused(make, ana, call, vllm,
         (COMPLETION, {"suffix": "."}),
         (COMPLETION, {"truncate_prompt_tokens": 8}),
         (CHAT, {"messages": [{"role": "persona_memory", "content": "me"}, *PLAIN]}),
+        (CHAT, {"chat_template_kwargs": {"padding": "max_length", "max_length": 64}}),
+        (CHAT, {"chat_template_kwargs": {"tokenizer_kwargs": {"padding_side": "left"}}}),
+        (CHAT, {"chat_template_kwargs": {"messages": []}}),
     ],
 )
 def test_what_would_cut_the_user_off_is_refused(app, call, vllm, path, field):
     reply = call(app, "POST", path, {"prompt": "one", **asked(), **field})
     assert reply.status == 400 and next(iter(field)) in (reply.json["error"]["param"], "messages")
     assert not vllm.requests
+
+
+def test_what_a_template_reads_itself_is_let_through(app, call):
+    assert call(app, "POST", CHAT, asked(chat_template_kwargs={"enable_thinking": False})).status == 200
+
+
+@pytest.mark.parametrize("prompt", [[5, 10**6], [-1], [1.5], {"text": "one"}, [], None, "before <prompt_embeds> after"])
+@pytest.mark.parametrize("user", ["ana", None])
+def test_a_prompt_that_cannot_be_read_is_the_callers_fault(app, call, vllm, prompt, user):
+    reply = call(app, "POST", COMPLETION, {"model": "m", "prompt": prompt, "user": user})
+    assert (reply.status, reply.json["error"]["code"]) == (400, "bad-prompt") and not vllm.requests
 
 
 def test_too_many_prompts_are_refused(app, call, vllm):
