@@ -66,7 +66,9 @@ class EncodingProcess:
         if isinstance(told, str):
             raise PersonaError(told)
         if self.adapter not in (None, told):  # the LLM may have been exported with layers of the other
-            raise PersonaError("the adapter's files are of another training than at the start; restart the server")
+            writer.close()  # which ends the process
+            log.error("the adapter's files are of another training than at the start; restart the server")
+            raise EncodingLostError("the adapter has changed")
         self.adapter, self._writer = told, writer
         self._reading = asyncio.create_task(self._read_answers(reader))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,29 @@ def test_a_process_that_is_killed_is_started_again_and_calls_are_answered_meanwh
     failed = Outcome(False, "failed")
     assert outcomes == [Outcome(True), failed, failed, Outcome(True)] and erased == 2
     assert "the encoding process has ended (-9)" in caplog.text
+
+
+def test_it_does_not_go_on_with_another_adapter(config, ana, caplog):
+    """An LLM that was exported for the one would misread the other's user tokens."""
+
+    async def run():
+        process = EncodingProcess(config)
+        await process.start()
+        try:
+            file = Path(config.adapter) / "adapter_config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), "domain": "another"}))
+            process._process.kill()
+            for _ in range(600):
+                if "another training" in caplog.text:
+                    break
+                await asyncio.sleep(0.1)
+            with pytest.raises(EncodingLostError):
+                await process.call("check")
+            return process.adapter
+        finally:
+            process.close()
+
+    assert asyncio.run(run()).domain == "shop" and "cannot be started" in caplog.text
 
 
 def test_a_process_that_cannot_start_says_why(config, tmp_path):
