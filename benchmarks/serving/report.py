@@ -178,10 +178,20 @@ def summary(loads: list[dict], isolation: dict) -> str:
         "",
         f"Of {crowd['calls']:,} calls at once by {isolation['fingerprints']['people']} people of two tenants, "
         f"{crowd['equal']:,} were answered as each of them is alone and {crowd['crossed']} as somebody else. "
+        f"vLLM's own share: without the plug-in and with ready-made rows, {own_share(loads[0])}. "
         f"{loads[0]['machine']['cores']} CPU cores for all of it. Made by `{loads[0]['command']}` and the runs in "
         "[benchmarks](benchmarks/README.md).",
     ]
     return "\n".join(lines)
+
+
+def own_share(result: dict) -> str:
+    """What vLLM itself keeps of its throughput when calls bring rows, over all numbers of callers."""
+    parts = []
+    for workload, tables in result["without_plug_in"].items():
+        ratios = [table["throughput_to_plain_ready_made_rows"]["median"] for table in tables.values()]
+        parts.append(f"{workload} answers come at {min(ratios):.2f} to {max(ratios):.2f} of the plain throughput")
+    return ", ".join(parts)
 
 
 def between(value: dict | None, digits: int = 2) -> str:
