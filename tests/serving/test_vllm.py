@@ -108,14 +108,14 @@ def test_rows_that_would_harm_the_engine_are_refused_before_it(engine, model):
         "NaN or infinity": torch.tensor([[float("nan")] * 64, [1.0] * 64]),
         "infinity": torch.tensor([[1.0] * 64, [float("inf")] * 64]),
         "all zero": torch.tensor([[1.0] * 64, [0.0] * 64]),
-        "room for 2 soft rows, but there are 1": good[:1],
-        "room for 2 soft rows, but there are 3": torch.ones(3, 64),
+        "room for 2 user tokens, but there are 1": good[:1],
+        "room for 2 user tokens, but there are 3": torch.ones(3, 64),
         "there are 0": None,
     }
     for message, rows in bad.items():
         with pytest.raises(PersonaError, match=message):
             engine.complete(prompts, rows)
-    with pytest.raises(PersonaError, match="room for 0 soft rows"):
+    with pytest.raises(PersonaError, match="room for 0 user tokens"):
         engine.complete([model.template.prompt(ASK)], good)
     assert len(engine.complete(prompts, good)) == 1  # the engine is still well
 

@@ -69,6 +69,7 @@ def export_checkpoint(
             _link(source / file, building / file)
         weights = {f"model.layers.{name.replace('.', '.user_attn.', 1)}": t for name, t in layers_state.items()}
         save_file({k: t.detach().cpu().contiguous().clone() for k, t in weights.items()}, building / WEIGHTS)
+        (building / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
         if index is not None:
             index["weight_map"] |= dict.fromkeys(weights, WEIGHTS)
             _write_json(index, building / INDEX)

@@ -72,10 +72,13 @@ def test_refused(vllm_config, monkeypatch, said, change):
 
 
 def test_model_runner_v2_is_refused(vllm_config, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    from vllm import envs
+
+    # Not in the environment, of which vLLM keeps what it read once an engine runs in this process.
+    monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", True)
     with pytest.raises(PersonaError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
         check_config(vllm_config, LAYOUT)
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", False)
     check_config(vllm_config, LAYOUT)
 
 
