@@ -19,8 +19,10 @@ from pathlib import Path
 
 import aiohttp
 import httpx
+import numpy as np
 import psutil
 
+from persona.evaluation.intervals import interval
 from persona.evaluation.runner import git_hash
 from persona.history import History, read_histories
 from persona.history.render import render_history
@@ -155,6 +157,13 @@ def history_text(history: History, tokenizer, tokens: int) -> str:
             break
         kept.insert(0, line)
     return "\n".join(kept)
+
+
+def median(seed: int, values: Sequence[float]) -> dict:
+    """The median over rounds and its bootstrap interval."""
+    data = np.array(values)
+    low, high = interval(data, lambda v: np.median(v), seed=seed)
+    return {"median": round(float(np.median(data)), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
 
 
 def write(out: str, result: dict, seed: int) -> None:

@@ -23,10 +23,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import ADAPTER, LLM, QUESTIONS, SYSTEM, VLLM_FLAGS, client, server, shop_histories, write
+from common import ADAPTER, LLM, QUESTIONS, SYSTEM, VLLM_FLAGS, client, median, server, shop_histories, write
 from load import QUIET, parameters, store, warm
 
-from persona.evaluation.intervals import interval
 from persona.injection import PersonalizedLM, load_llm
 from persona.serving.memory import Memory
 from persona.serving.personalizer import INSTRUCTION_HEADER
@@ -116,16 +115,11 @@ class Load:
             table[kind] = {
                 "requests_per_second": round(float(np.median(rates)), 1),
                 "first_token_ms": round(float(np.median(firsts)), 1),
-                "throughput_to_plain": self._summary([r[kind][0] / r["plain"][0] for r in rounds]),
-                "added_first_token_ms": self._summary([r[kind][1] - r["plain"][1] for r in rounds]),
+                "throughput_to_plain": median(self.args.seed, [r[kind][0] / r["plain"][0] for r in rounds]),
+                "added_first_token_ms": median(self.args.seed, [r[kind][1] - r["plain"][1] for r in rounds]),
             }
         print(f"{concurrency} callers: {table}", flush=True)
         return table
-
-    def _summary(self, values: list[float]) -> dict:
-        data = np.array(values)
-        low, high = interval(data, lambda v: np.median(v), seed=self.args.seed)
-        return {"median": round(float(np.median(data)), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
 
     async def run(self, kind: str, concurrency: int, calls: int) -> tuple[float, float]:
         """Calls a second, and the median time to the first token in ms."""

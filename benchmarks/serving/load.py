@@ -36,6 +36,7 @@ from common import (
     VLLM_FLAGS,
     client,
     history_text,
+    median,
     plain_vllm,
     server,
     shop_histories,
@@ -43,7 +44,6 @@ from common import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from persona.evaluation.intervals import interval
 from persona.history import event_to_dict
 from persona.injection import PersonalizedLM
 from persona.serving.personalizer import INSTRUCTION_HEADER, Personalizer
@@ -130,15 +130,10 @@ class Load:
             for name, other in (("plain", "plain"), ("text", "text_400")):
                 if other in self.kinds:
                     ratios = [r[kind][0] / r[other][0] for r in rounds]
-                    table[f"throughput_to_{name}_{kind}"] = self._summary(ratios)
-            table[f"added_latency_ms_{kind}"] = self._summary([r[kind][1] - r["plain"][1] for r in rounds])
+                    table[f"throughput_to_{name}_{kind}"] = median(self.args.seed, ratios)
+            table[f"added_latency_ms_{kind}"] = median(self.args.seed, [r[kind][1] - r["plain"][1] for r in rounds])
         print(f"{workload} answers, {concurrency} callers: {table}", flush=True)
         return table
-
-    def _summary(self, values: list[float]) -> dict:
-        data = np.array(values)
-        low, high = interval(data, lambda v: np.median(v), seed=self.args.seed)
-        return {"median": round(float(np.median(data)), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
 
     async def run(self, kind: str, workload: str, concurrency: int, calls: int) -> tuple[float, float, int]:
         """Calls a second, the median latency in ms, and the mean prompt tokens, of one kind of call."""
