@@ -138,6 +138,6 @@ def test_in_process(adapter, database, expected, tmp_path, monkeypatch):
         assert found == (nobody if user_id is None else answers)
     with pytest.raises(PersonaError, match="text or token ids only"):
         llm.generate({"prompt_embeds": torch.ones(3, 128)}, sampling)
-    with pytest.raises(PersonaError, match="load what `persona export` writes"):
+    with pytest.raises(PersonaError, match="what `persona export` writes"):
         wrap(persona.engine.engine, Persona.from_pretrained(ADAPTER, engine=None, store=f"sqlite:///{database}"))
     shutil.rmtree(tmp_path / "persona")
