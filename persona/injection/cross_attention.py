@@ -115,9 +115,8 @@ class CrossAttention(nn.Module):
             # The median token: the first ones may be a thousand times as large as the others.
             size = found[name].float().square().mean(-1).sqrt().median()
             read = layer.to_v(torch.randn(_SAMPLE, layer.to_v.in_features, generator=torch.Generator().manual_seed(0)))
-            if layer.to_q.out_features != layer.to_v.out_features:  # each key-value head serves several heads
-                groups = layer.to_q.out_features // layer.to_v.out_features
-                read = read.unflatten(-1, (-1, layer.head_dim)).repeat_interleave(groups, -2).flatten(-2)
+            shared = layer.to_q.out_features // layer.to_v.out_features  # heads that a key-value head serves
+            read = read.unflatten(-1, (-1, layer.head_dim)).repeat_interleave(shared, -2).flatten(-2)
             layer.to_o.weight.mul_(size.cpu() / layer.to_o(read).square().mean().sqrt())
 
     @contextmanager

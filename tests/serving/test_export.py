@@ -100,6 +100,8 @@ def test_a_plain_endpoint_and_a_plain_model_are_refused(adapter, llm_path, tmp_p
     client = openai.OpenAI(base_url="http://127.0.0.1:1/v1", api_key="none")
     with pytest.raises(PersonaError, match="a plain endpoint has none: run `persona serve`"):
         wrap(client, persona, mode="embeds")
+    modes = wrap(client, persona)._persona_modes
+    assert modes.decide("http://plain", None, {"data": [{"owned_by": "vllm"}]}) == "text"  # the layers are not there
     llm, _ = load_llm(llm_path)
     assert wrap(client, persona, tokens=2) is not client
     with pytest.raises(PersonaError, match="divides 4: not 3"):

@@ -138,6 +138,14 @@ def test_in_process(adapter, database, expected, tmp_path, monkeypatch):
         assert found == (nobody if user_id is None else answers)
     with pytest.raises(PersonaError, match="text or token ids only"):
         llm.generate({"prompt_embeds": torch.ones(3, 128)}, sampling)
+    for name in ("enqueue", "enqueue_chat", "beam_search"):
+        with pytest.raises(PersonaError, match=rf"{name}\(\) brings no user tokens"):
+            getattr(llm, name)(["a prompt"], sampling)
+    for argument in ("tokenization_kwargs", "chat_template_kwargs", "chat_template"):
+        with pytest.raises(PersonaError, match=f"{argument} could move the user tokens"):
+            llm.chat(cases[0][1], sampling, user_id=cases[0][0], **{argument: {"padding": "max_length"}})
+    with pytest.raises(PersonaError, match="the role persona_memory is persona's own"):
+        llm.chat([{"role": "persona_memory", "content": "me"}], sampling)
     with pytest.raises(PersonaError, match="what `persona export` writes"):
         wrap(persona.engine.engine, Persona.from_pretrained(ADAPTER, engine=None, store=f"sqlite:///{database}"))
     shutil.rmtree(tmp_path / "persona")
