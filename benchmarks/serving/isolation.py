@@ -97,7 +97,7 @@ def alone(people: Mapping[tuple[str, str], History], questions: list[str]) -> di
     model = PersonalizedLM.from_pretrained(ADAPTER, LLM).eval()
     answers = {}
     for (tenant, user), history in people.items():
-        (state,) = model.encoder.encode([history])
+        (state,) = model.encoder.read([history])
         for question in questions:
             rows = model.soft_rows([state], [question])[0]
             prompt = model.template.prompt(messages(question), len(rows))

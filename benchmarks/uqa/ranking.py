@@ -24,7 +24,7 @@ import torch
 from transformers import set_seed
 
 from persona.cli.common import quiet
-from persona.encoders import EncoderConfig, TextEncoder, UserEncoder, Vocabulary
+from persona.encoders import EncoderConfig, TextEncoder, Vocabulary, make_encoder
 from persona.encoders.backbones import BACKBONES
 from persona.encoders.backbones.matching import matched_inner, parameter_count
 from persona.evaluation.collaborative import Ease, ItemCosine
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
             continue
         config = shaped(recipe.encoder, backbone, change)
         set_seed(args.seed)
-        encoder = UserEncoder(config, vocabulary, text_encoder)
+        encoder = make_encoder(config, vocabulary, text_encoder)
         training = replace(recipe.pretraining, seed=args.seed)
         with tempfile.TemporaryDirectory() as folder:
             pretrain(encoder, validation.histories, validation, training, folder, steps=args.steps)

@@ -17,7 +17,14 @@ class EncoderConfig:
     text_encoder: str = "all-MiniLM-L6-v2"
     """sentence-transformers name or path of the frozen text encoder; the default comes with the package."""
     backbone: str = "transformer"
-    """Sequence model over the event vectors, a key of `persona.encoders.backbones.BACKBONES`."""
+    """Sequence model over the event vectors, a key of `persona.encoders.backbones.BACKBONES`; or llm, a small causal LM
+    that reads the instruction, too, and makes the tokens itself (`LLMUserEncoder`)."""
+    llm: str = ""
+    """backbone llm: Hugging Face name or folder of the LM; empty in a recipe: the LLM that the adapter is for."""
+    lora_rank: int = 16
+    """backbone llm: rank of the LoRA by which the LM is trained; 0 trains all of it but its word embeddings."""
+    source_adapters: bool = False
+    """Whether each source has a text adapter (LayerNorm and MLP) of its own."""
     width: int = 192
     """d: width of event vectors, states and user tokens."""
     heads: int = 6
@@ -52,7 +59,8 @@ class EncoderConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
-        if self.inner < 0:
-            raise ValueError(f"inner must not be negative, not {self.inner}")
+        for name in ("inner", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")

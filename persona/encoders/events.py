@@ -24,6 +24,25 @@ class TextPart(nn.Module):
         return self.mlp(self.norm(vectors)) * present
 
 
+class SourceTexts(nn.Module):
+    """A `TextPart` for each source (InstructUE, section 3), and one, number 0, for texts that are of no source."""
+
+    def __init__(self, sources: int, text_dim: int, width: int):
+        super().__init__()
+        self.width = width
+        self.parts = nn.ModuleList(TextPart(text_dim, width) for _ in range(1 + sources))
+
+    def forward(self, vectors: torch.Tensor, source: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., text_dim]`, and source indices `[...]` or none -> `[..., d]`."""
+        if source is None:
+            return self.parts[0](vectors)
+        made = vectors.new_zeros(*vectors.shape[:-1], self.width)
+        for number in source.unique().tolist():
+            at = source == number
+            made[at] = self.parts[number](vectors[at])
+        return made
+
+
 class TabularPart(nn.Module):
     """One vector for each column: its name, plus its category or its number (FT-Transformer, Gorishniy et al. 2021)."""
 
@@ -43,9 +62,9 @@ class EventEncoder(nn.Module):
 
     def __init__(self, vocabulary: Vocabulary, text_dim: int, config: EncoderConfig):
         super().__init__()
-        width = config.width
+        width, shape = config.width, (text_dim, config.width)
         self.config = config
-        self.text = TextPart(text_dim, width)
+        self.text = SourceTexts(len(vocabulary.sources), *shape) if config.source_adapters else TextPart(*shape)
         self.item = nn.Embedding(len(vocabulary.items) + 1, width, padding_idx=0)
         self.tabular = TabularPart(len(vocabulary.columns), len(vocabulary.categories), width)
         self.source = nn.Embedding(len(vocabulary.sources) + 1, width, padding_idx=0)
@@ -53,6 +72,8 @@ class EventEncoder(nn.Module):
         self.time = nn.Linear(TIME_FEATURES, width)
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
+        of_item = torch.tensor([vocabulary.source_of(key) for key in vocabulary.items], dtype=torch.long)
+        self.register_buffer("_source_of_item", of_item, persistent=False)
         for embedding in (self.item, self.tabular.column, self.tabular.category, self.tabular.slope, self.source):
             nn.init.normal_(embedding.weight, std=0.3)
             with torch.no_grad():
@@ -62,7 +83,7 @@ class EventEncoder(nn.Module):
         """Event vectors `[B, N, d]`."""
         text = batch.text if self.config.item_text else batch.text * (batch.item == 0)[..., None]
         vectors = (
-            self.text(text)
+            self._text(text, batch.source)
             + self.item(batch.item)
             + self.tabular(batch.column, batch.category, batch.number)
             + self.source(batch.source)
@@ -80,8 +101,11 @@ class EventEncoder(nn.Module):
         in which an instruction names an item, and a new item is a target like any other; items without text go by
         their id. With `item_targets` id, an item is the sum of its id and, if it is read at all, its text.
         """
-        ids = self.item.weight[1:][index]
+        ids, source = self.item.weight[1:][index], self._source_of_item[index]
         if self.config.item_targets == "id":
-            return ids + self.text(item_vectors) if self.config.item_text else ids
+            return ids + self._text(item_vectors, source) if self.config.item_text else ids
         named = item_vectors.abs().sum(-1, keepdim=True) > 0
-        return torch.where(named, self.text(item_vectors), ids)
+        return torch.where(named, self._text(item_vectors, source), ids)
+
+    def _text(self, vectors: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return self.text(vectors, source) if self.config.source_adapters else self.text(vectors)

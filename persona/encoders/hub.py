@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,7 +36,10 @@ class HubMixin:
         """Writes config.json, vocabulary.json, model.safetensors and README.md."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        saved = asdict(self.config)
+        if saved["llm"] and Path(saved["llm"]).is_dir():  # relative to the encoder, so that both can be moved together
+            saved["llm"] = Path(os.path.relpath(saved["llm"], folder)).as_posix()
+        (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
         vocabulary = json.dumps(self.vocabulary.to_dict(), ensure_ascii=False)
         (folder / "vocabulary.json").write_text(vocabulary + "\n", encoding="utf-8")
         save_file(self.state_dict(), folder / "model.safetensors")
@@ -46,12 +50,19 @@ class HubMixin:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, text_encoder=None):
-        """Loads from a folder or a hub name, in evaluation mode. Raises `CheckpointError` for anything damaged."""
+        """Loads from a folder or a hub name, in evaluation mode. Raises `CheckpointError` for anything damaged.
+
+        What is loaded is an `LLMUserEncoder` where the checkpoint is one's.
+        """
+        from persona.encoders.factory import make_encoder
+
         folder = resolve(name_or_path)
         config = read_config(EncoderConfig, folder / "config.json")
         vocabulary = read_config(Vocabulary, folder / "vocabulary.json")
+        if config.llm and (folder / config.llm).is_dir():
+            config = replace(config, llm=str((folder / config.llm).resolve()))
         try:
-            model = cls(config, vocabulary, text_encoder)
+            model = make_encoder(config, vocabulary, text_encoder)
         except RecipeError as error:
             raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
         load_weights(model, folder / "model.safetensors")

@@ -1,7 +1,7 @@
 """`UserEncoder`: a history and an instruction in, user tokens out.
 
 Event vectors, backbone states and what the head reads of them do not depend on the instruction, so they are
-computed once (`encode`), continued event by event (`extend`), and shared by all questions. An instruction is encoded
+computed once (`read`), continued event by event (`extend`), and shared by all questions. An instruction is encoded
 once for all users (`instruct`). That one reads the other is all that a request pays for (`tokens`).
 """
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from persona.encoders.backbones import build_backbone
 from persona.encoders.config import EncoderConfig
+from persona.encoders.embedding import EmbeddingMixin, pooled
 from persona.encoders.events import EventEncoder
 from persona.encoders.features import EventBatch, event_rows, make_batch, newest
 from persona.encoders.heads import build_head
@@ -38,7 +39,7 @@ class UserTokens:
     @property
     def vector(self) -> torch.Tensor:
         """Mean over tokens, L2-normalised, `[d]`: for retrieval and probes."""
-        return nn.functional.normalize(self.tokens.mean(0), dim=-1)
+        return pooled(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class InstructionState:
         return self.latents.nbytes + self.topic.nbytes
 
 
-class UserEncoder(HubMixin, nn.Module):
+class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
     """Event encoders, a sequence backbone, and a head that makes tokens: an instruction-aware resampler by default."""
 
     def __init__(self, config: EncoderConfig, vocabulary: Vocabulary, text_encoder: TextEncoder | None = None):
@@ -93,6 +94,11 @@ class UserEncoder(HubMixin, nn.Module):
         self.mentions = Mentions(vocabulary.item_texts if config.mentions else ())
         self.events = EventEncoder(vocabulary, dim, config)
         self.start = nn.Parameter(torch.randn(config.width) * 0.3)
+        self._build(dim)
+
+    def _build(self, text_dim: int) -> None:
+        """Makes `backbone` and `head`."""
+        config = self.config
         self.backbone = build_backbone(
             config.backbone,
             config.width,
@@ -102,7 +108,7 @@ class UserEncoder(HubMixin, nn.Module):
             config.inner,
             1 + config.max_events,
         )
-        self.head = build_head(config, dim)
+        self.head = build_head(config, text_dim)
 
     def freeze(self, frozen: bool = True) -> None:
         """Leaves event encoders and backbone as they are in training: no gradient, no dropout; only the head learns."""
@@ -110,6 +116,10 @@ class UserEncoder(HubMixin, nn.Module):
         for part in (self.events, self.backbone):
             part.requires_grad_(not frozen)
         self.start.requires_grad_(not frozen)
+
+    def answer_vectors(self, texts: Sequence[str]) -> torch.Tensor:
+        """The answers' tower of contrastive training, `[len(texts), d]`: a text as an event would say it."""
+        return self.events.text(self.text_encoder.vectors(list(texts)).to(self.device))
 
     def train(self, mode: bool = True) -> UserEncoder:
         """Training mode, but for what is frozen."""
@@ -123,15 +133,20 @@ class UserEncoder(HubMixin, nn.Module):
         """Where the weights are."""
         return self.start.device
 
-    def forward(self, batch: EventBatch, instructions: Sequence[str], owner: torch.Tensor) -> torch.Tensor:
-        """User tokens `[Q, K, d]` of Q instructions; instruction q asks about history `owner[q]` of the batch."""
+    def forward(
+        self, batch: EventBatch, instructions: Sequence[str], owner: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """User tokens `[Q, K, d]` of Q instructions, and the batch's states `[B, 1 + N, d]`.
+
+        Instruction q asks about history `owner[q]` of the batch.
+        """
         states, mask = self.states(batch)
-        return self.resample(states[owner], mask[owner], instructions)
+        return self.resample(states[owner], mask[owner], instructions), states
 
     def states(self, batch: EventBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Backbone states `[B, 1 + N, d]` of a batch and their mask; the first state is the start state."""
-        mask = _with_start(batch.mask)
-        return self.backbone(self._vectors(batch), mask, times=_start_times(batch))[0], mask
+        mask = with_start(batch.mask)
+        return self.backbone(self._vectors(batch), mask, times=start_times(batch))[0], mask
 
     def _vectors(self, batch: EventBatch) -> torch.Tensor:
         """The backbone's input `[B, 1 + N, d]`: the start vector, then the event vectors."""
@@ -144,7 +159,7 @@ class UserEncoder(HubMixin, nn.Module):
 
     def _words(self, instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The head's inputs about instructions: states `[Q, T, text_dim]`, mask `[Q, T]`, topics `[Q, d]`."""
-        words, seen = _padded([w.to(self.device) for w in self.text_encoder.states_of(list(instructions))])
+        words, seen = padded([w.to(self.device) for w in self.text_encoder.states_of(list(instructions))])
         topics = self.events.text(words[:, 0])
         if self.config.mentions:
             topics = torch.stack([self._named(text, topic) for text, topic in zip(instructions, topics)])
@@ -172,15 +187,15 @@ class UserEncoder(HubMixin, nn.Module):
         return make_batch(rows, self.text_encoder).to(self.device)
 
     @torch.inference_mode()
-    def encode(self, histories: Sequence[History], batch_size: int = 64) -> list[UserState]:
+    def read(self, histories: Sequence[History], batch_size: int = 64) -> list[UserState]:
         """States of many users, one forward pass for each `batch_size`. Evaluation mode is the caller's to set."""
         result = []
         for start in range(0, len(histories), batch_size):
             part = histories[start : start + batch_size]
             batch = self.batch(part)
-            mask = _with_start(batch.mask)
-            states, cache = self.backbone(self._vectors(batch), mask, times=_start_times(batch))
-            memory = self.head.memory(states, mask)
+            mask = with_start(batch.mask)
+            states, cache = self.backbone(self._vectors(batch), mask, times=start_times(batch))
+            memory = self._memory(states, mask, cache)
             for i, history in enumerate(part):
                 size = int(mask[i].sum())
                 read, truncated = newest(history, self.config.max_events)
@@ -188,7 +203,7 @@ class UserEncoder(HubMixin, nn.Module):
                 result.append(
                     UserState(
                         states[i, :size].clone(),
-                        self.backbone.keep(cache, i, mask.shape[1] - size),
+                        self._keep(cache, i, mask.shape[1] - size),
                         memory[:, :, i, :, :size].clone(),
                         events=len(timed),
                         last_timestamp=timed[-1].timestamp if timed else None,
@@ -223,10 +238,25 @@ class UserEncoder(HubMixin, nn.Module):
         if not rows:
             return state
         batch = make_batch([rows], self.text_encoder).to(self.device)
-        new, cache = self.backbone(self.events(batch), cache=state.cache, times=batch.timestamp)
+        new, cache = self._continue(state, self.events(batch), batch.timestamp)
         states = torch.cat([state.states, new[0]])
-        memory = self.head.memory(states[None], torch.ones(1, len(states), dtype=torch.bool, device=states.device))
-        return replace(state, states=states, cache=self.backbone.keep(cache, 0, 0), memory=memory[:, :, 0])
+        mask = torch.ones(1, len(states), dtype=torch.bool, device=states.device)
+        memory = self._memory(states[None], mask, cache)
+        return replace(state, states=states, cache=self._keep(cache, 0, 0), memory=memory[:, :, 0])
+
+    # What a subclass with another backbone and head does in its own way.
+
+    def _memory(self, states: torch.Tensor, mask: torch.Tensor, cache) -> torch.Tensor:
+        """What a user's tokens are read from: `[layers, 2, B, heads, N, d / heads]`."""
+        return self.head.memory(states, mask)
+
+    def _keep(self, cache, row: int, unused: int) -> list[torch.Tensor]:
+        """The part of the backbone's cache that belongs to one row of a batch."""
+        return self.backbone.keep(cache, row, unused)
+
+    def _continue(self, state: UserState, vectors: torch.Tensor, times: torch.Tensor) -> tuple[torch.Tensor, object]:
+        """States of new event vectors `[1, N, d]` behind those of `state`, and the backbone's cache."""
+        return self.backbone(vectors, cache=state.cache, times=times)
 
     def _row_timestamp(self, timed: Sequence[Event], before: float | None = None) -> float | None:
         return next((e.timestamp for e in reversed(timed) if e.source in self.vocabulary.sources), before)
@@ -243,35 +273,46 @@ class UserEncoder(HubMixin, nn.Module):
         self, states: Sequence[UserState], instructions: Sequence[str | InstructionState], count: int | None = None
     ) -> list[UserTokens]:
         """User tokens for each (state, instruction) pair; `count` keeps the first so many of the K tokens."""
+        count = self.check_count(count)
         if not states:
             return []
-        count = self.config.tokens if count is None else count
-        if not 1 <= count <= self.config.tokens:
-            raise EventError(f"this encoder makes 1 to {self.config.tokens} tokens, not {count}")
         texts = list(dict.fromkeys(i for i in instructions if isinstance(i, str)))
         made = dict(zip(texts, self.instruct(texts))) if texts else {}
         asked = [made[i] if isinstance(i, str) else i for i in instructions]
-        latents, seen = _padded([a.latents for a in asked])
         # [N, layers, 2, heads, d / heads] each, padded along N, and back
-        memory, mask = _padded([s.memory.movedim(3, 0) for s in states])
-        match = torch.stack([s.states[-1] for s in states]) * torch.stack([a.topic for a in asked])
-        tokens = self.head.read(latents, seen, memory.permute(2, 3, 0, 4, 1, 5), mask, match)[:, :count]
+        memory, mask = padded([s.memory.movedim(3, 0) for s in states])
+        tokens = self._answer(states, asked, memory.permute(2, 3, 0, 4, 1, 5), mask)[:, :count]
         return [UserTokens(t.clone(), s.truncated) for t, s in zip(tokens, states)]
 
+    def check_count(self, count: int | None) -> int:
+        """How many tokens are asked for, all K by default; raises `EventError` when the encoder makes fewer."""
+        count = self.config.tokens if count is None else count
+        if not 1 <= count <= self.config.tokens:
+            raise EventError(f"this encoder makes 1 to {self.config.tokens} tokens, not {count}")
+        return count
 
-def _padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _answer(
+        self, states: Sequence[UserState], asked: Sequence[InstructionState], memory: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """User tokens `[B, K, d]` of pairs, whose padded memories and their mask are given."""
+        latents, seen = padded([a.latents for a in asked])
+        match = torch.stack([s.states[-1] for s in states]) * torch.stack([a.topic for a in asked])
+        return self.head.read(latents, seen, memory, mask, match)
+
+
+def padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tensors `[n, ...]` of several lengths as `[B, N, ...]`, and their mask `[B, N]`."""
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     sizes = torch.tensor([len(row) for row in rows], device=padded.device)
     return padded, torch.arange(padded.shape[1], device=padded.device)[None] < sizes[:, None]
 
 
-def _start_times(batch: EventBatch) -> torch.Tensor:
+def start_times(batch: EventBatch) -> torch.Tensor:
     """Seconds of the start state, which has the time of the first row, and of the rows, `[B, 1 + N]`."""
     first = batch.timestamp[:, :1] if batch.timestamp.shape[1] else batch.timestamp.new_zeros(len(batch.timestamp), 1)
     return torch.cat([first, batch.timestamp], dim=1)
 
 
-def _with_start(mask: torch.Tensor) -> torch.Tensor:
+def with_start(mask: torch.Tensor) -> torch.Tensor:
     """A mask of rows `[B, N]` with the start state before them, `[B, 1 + N]`."""
     return torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)

@@ -76,6 +76,10 @@ class Vocabulary:
         """Category indices of an item's attributes, those that are known."""
         return tuple(self.categories[key] for key in _attribute_keys(event) if key in self.categories)
 
+    def source_of(self, key: str) -> int:
+        """Index of the source that a key of `items` begins with."""
+        return next(i for i, name in enumerate(self.sources, 1) if key.startswith(f"{name}/"))
+
     def to_dict(self) -> dict:
         """Plain data for JSON, which `persona.history.parse_config` takes back."""
         return asdict(self)

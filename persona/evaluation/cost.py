@@ -23,8 +23,8 @@ def encoding_cost(encoder: UserEncoder, histories: Sequence[History], repeats: i
     events = sum(len(h) for h in histories)
     texts = list({e.text for h in histories for e in h.events if e.text})
     encoder.text_encoder.forget(texts)
-    cold = _seconds(lambda: encoder.encode(histories))
-    warm = min(_seconds(lambda: encoder.encode(histories)) for _ in range(3))
+    cold = _seconds(lambda: encoder.read(histories))
+    warm = min(_seconds(lambda: encoder.read(histories)) for _ in range(3))
     return {
         "device": str(encoder.device),
         "threads": torch.get_num_threads(),
@@ -47,7 +47,7 @@ def _add_event_ms(encoder: UserEncoder, histories: Sequence[History], forget_in:
     times = []
     for history in histories:
         newest = history.timed[-1]
-        state = encoder.encode([history.until(newest.timestamp)])[0]
+        state = encoder.read([history.until(newest.timestamp)])[0]
         if state.last_timestamp is None:
             continue
         if forget_in is not None:
@@ -58,7 +58,7 @@ def _add_event_ms(encoder: UserEncoder, histories: Sequence[History], forget_in:
 
 def _state_bytes(encoder: UserEncoder, histories: Sequence[History]) -> int:
     """Bytes of the longest cached state, keys and values included."""
-    state = encoder.encode([max(histories, key=len).last(50)])[0]
+    state = encoder.read([max(histories, key=len).last(50)])[0]
     return sum(t.element_size() * t.numel() for t in [state.states, *state.cache])
 
 

@@ -74,7 +74,7 @@ class Methods:
 
     def __init__(self, domain: Domain, model: PersonalizedLM, control: PersonalizedLM | None, sample: Sample):
         self.domain, self.model, self.control, self.sample = domain, model, control, sample
-        self.states = model.encoder.encode([c.history for c in sample.cuts])
+        self.states = model.encoder.read([c.history for c in sample.cuts])
         self.texts = [render_history(c.history, domain.recipe.sources) for c in sample.cuts]
 
     @property
@@ -88,7 +88,7 @@ class Methods:
         most = self.model.encoder.config.tokens
         yield "no_history", self.plain()
         if self.control is not None:
-            empty = self.control.encoder.encode([History("nobody")])[0]
+            empty = self.control.encoder.read([History("nobody")])[0]
             yield "learned_prompt", self.soft(self.control, [empty] * len(self.sample.cuts), most)
         yield "shuffled_user", self.soft(self.model, [self.states[i] for i in self.sample.stranger], most)
         yield "text_same_budget", self.text(self.budget_texts(most))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from persona.encoders import InstructionState, TextEncoder, UserEncoder, UserState
+from persona.encoders.chunks import encode_in_chunks
 from persona.encoders.features import EventBatch
 from persona.encoders.hub import load_weights, push, read_config, resolve
 from persona.errors import CheckpointError, MissingExtraError, PersonaError
@@ -89,15 +90,23 @@ class PersonalizedLM(SoftPromptLM):
     # --- training -----------------------------------------------------------------------------------------------
 
     def forward(
-        self, events: EventBatch, instructions: Sequence[str], owner: torch.Tensor, batch: SoftPromptBatch
+        self,
+        events: EventBatch,
+        instructions: Sequence[str],
+        owner: torch.Tensor,
+        batch: SoftPromptBatch | None,
+        *,
+        chunk: int = 0,
     ) -> dict[str, torch.Tensor]:
-        """Answer-only loss, logits `[Q, answer_length + 1, vocab]`, and the histories' states `[B, 1 + N, d]`.
+        """Answer-only loss, logits `[Q, answer_length + 1, vocab]`, user tokens `[Q, K, d]`, states `[B, 1 + N, d]`.
 
-        Question q asks about history `owner[q]`. The prompts in `batch` say how many of the K tokens are used.
+        Question q asks about history `owner[q]`. The prompts in `batch` say how many of the K tokens are used; without
+        `batch` the LLM is not asked and there is neither loss nor logits. For `chunk` see `encode_in_chunks`.
         """
-        states, mask = self.encoder.states(events)
-        rows = self.projector(self.encoder.resample(states[owner], mask[owner], instructions))
-        return {**self.answer_loss(rows, batch), "states": states}
+        asked = events, instructions, owner
+        tokens, states = encode_in_chunks(self.encoder, *asked, chunk) if chunk else self.encoder(*asked)
+        answered = {} if batch is None else self.answer_loss(self.projector(tokens), batch)
+        return {**answered, "tokens": tokens, "states": states}
 
     # --- inference ----------------------------------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ class UserStates:
             with self._lock:
                 old = self._states.get(key)
             try:
-                state = (old and self._extended(old, history)) or self.encoder.encode([history])[0]
+                state = (old and self._extended(old, history)) or self.encoder.read([history])[0]
                 self._keep(key, _Known(revision, history.events, state), forgotten)
             finally:
                 if forgotten != self._forgotten:  # perhaps this user, before the texts came into their cache

@@ -84,8 +84,25 @@ class TrainingConfig:
     """Steps of warm-up."""
     weight_decay: float = 0.01
     """AdamW weight decay."""
+    answer_weight: float = 1.0
+    """Weight of the answer loss, the frozen LLM's with the user tokens before it (autoregressive); 0 turns it off."""
+    contrastive_weight: float = 0.0
+    """Weight of the contrastive loss between users' embeddings and their answers'; 0 turns it off."""
+    contrastive_dims: tuple[int, ...] = ()
+    """Dimensions at which the contrastive loss is taken (Matryoshka), beside the full width."""
+    contrastive_chunk: int = 0
+    """At most so many histories are encoded at once and encoded again for their gradients (gradient caching, Gao et
+    al. 2021), so that a batch of any size fits into memory; 0 keeps the whole batch's activations."""
+    temperature: float = 0.07
+    """Temperature of the contrastive loss."""
+    margin: float = 0.1
+    """A negative more similar than the pair itself by this much is taken to be false and dropped."""
     next_item_weight: float = 0.2
     """Weight of the next-item loss on the backbone's states beside the answer loss; 0 turns it off."""
+    empty_share: float = 0.0
+    """Share of instructions that the encoder is not given, so that an empty one makes a general embedding."""
+    drop_sources: float = 0.0
+    """Share of training histories that lose one to all but one of their sources, so that missing ones are no harm."""
     short_share: float = 0.25
     """Share of training histories cut down to 1-15 events, so that young users work too."""
     drop_events: float = 0.1
@@ -96,6 +113,17 @@ class TrainingConfig:
     """Rank of an optional peft LoRA on the LLM's attention; 0 leaves the LLM as it is."""
     seed: int = 0
     """Seed of everything random in training."""
+
+    def __post_init__(self):
+        weights = (self.answer_weight, self.contrastive_weight, self.next_item_weight)
+        if min(weights) < 0 or not any(weights):
+            raise ValueError(f"answer, contrastive and next-item weights are {weights}: none negative, one above 0")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if not (0 <= self.empty_share < 1 and 0 <= self.drop_sources < 1):
+            raise ValueError("empty_share and drop_sources are shares from 0 to below 1")
+        if min(self.contrastive_dims, default=1) < 1 or self.contrastive_chunk < 0:
+            raise ValueError("contrastive_dims must be above 0, and contrastive_chunk not negative")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch.utils.data import Dataset
 from persona.errors import DataError
 from persona.history import History
 from persona.injection.model import PersonalizedLM
-from persona.training.questions import Question
+from persona.training.configs import TrainingConfig
+from persona.training.questions import NO, YES, Question
 from persona.training.recipe import Domain
 
 PATIENCE = 1000
@@ -59,29 +61,62 @@ class Examples(Dataset):
         return Example(History(cut.history.user) if self.without_history else cut.history, picked, index)
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """(user and instruction, answer) pairs of a batch for the contrastive loss."""
+
+    index: torch.Tensor
+    """`[P]` which of the batch's questions."""
+    answers: list[str]
+    """Their P answers."""
+    labels: torch.Tensor
+    """`[P]` equal where the answers are, in every process alike."""
+    count: int
+    """User tokens that the embedding is the mean of."""
+
+
 class Collator:
-    """Examples to `PersonalizedLM.forward` arguments. Half the batches use all K tokens, half a random prefix.
+    """Examples to `PersonalizedLM.forward` arguments, and the pairs of the contrastive loss.
+
+    Half the batches use all K tokens, half a random prefix. Answers that say nothing without their question, yes and
+    no, make no pair.
 
     Which, the first example's index decides: batches are made ahead of the step that uses them, so with torch's
     generator a resumed run would draw other prefixes, and other dropout, than one that was never stopped.
     """
 
-    def __init__(self, model: PersonalizedLM, seed: int = 0):
-        self.model, self.seed = model, seed
+    def __init__(self, model: PersonalizedLM, config: TrainingConfig | None = None):
+        self.model, self.config = model, config or TrainingConfig()
 
     def __call__(self, examples: Sequence[Example]) -> dict:
         model, most = self.model, self.model.encoder.config.tokens
-        rng = np.random.default_rng([self.seed, 2, examples[0].index])
+        rng = np.random.default_rng([self.config.seed, 2, examples[0].index])
         count = most if rng.random() < 0.5 else int(rng.integers(1, most + 1))
         questions = [q for e in examples for q in e.questions]
         owner = [i for i, e in enumerate(examples) for _ in e.questions]
-        template = model.template
-        return {
-            "events": model.encoder.batch([e.history for e in examples]),
-            "instructions": [q.prompt for q in questions],
-            "owner": torch.tensor(owner, device=model.encoder.device),
-            "batch": model.collate(
+        template, device, config = model.template, model.encoder.device, self.config
+        asked = None
+        if config.answer_weight:
+            asked = model.collate(
                 [template.prompt(q.prompt, count) for q in questions],
                 [template.answer(q.prompt, q.answer) for q in questions],
-            ),
+            )
+        share = config.empty_share
+        given = {
+            "events": model.encoder.batch([e.history for e in examples]),
+            "instructions": ["" if share and rng.random() < share else q.prompt for q in questions],
+            "owner": torch.tensor(owner, device=device),
+            "batch": asked,
         }
+        return given | {"pairs": _pairs(questions, count, device)} if config.contrastive_weight else given
+
+
+def _pairs(questions: Sequence[Question], count: int, device: torch.device) -> Pairs:
+    index = [i for i, q in enumerate(questions) if q.options != (YES, NO)]
+    answers = [questions[i].answer for i in index]
+    return Pairs(
+        torch.tensor(index, dtype=torch.long, device=device),
+        answers,
+        torch.tensor([crc32(answer.encode()) for answer in answers], device=device),
+        count,
+    )

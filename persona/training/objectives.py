@@ -1,11 +1,15 @@
-"""Losses beside the answer loss, which `PersonalizedLM` computes itself. One function each."""
+"""Losses beside the answer loss, which `PersonalizedLM` computes itself."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from persona.encoders import UserEncoder
+from persona.encoders.embedding import pooled
 from persona.encoders.features import EventBatch
 
 
@@ -40,3 +44,55 @@ def next_item_loss(
     probability = frequency / frequency.sum()
     expected = probability[offered] * (negatives + len(target))  # in how many draws an item is expected
     return F.cross_entropy(scores - expected.log(), place[: len(target)])
+
+
+def contrastive_loss(
+    users: torch.Tensor,
+    answers: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float = 0.07,
+    margin: float = 0.1,
+) -> torch.Tensor:
+    """InfoNCE of users and their answers (InstructUE, arXiv 2510.11016, section 3), over the batches of all processes.
+
+    `users` and `answers` `[Q, d]` are L2-normalised, row by row a pair; `labels` `[Q]` are equal where answers are. To
+    the other answers as negatives come the other users, for a user, and the other answers, for an answer. Dropped as
+    false are negatives of an equal answer and those more similar, by `margin`, than the pair itself.
+    """
+    users, answers, labels = (gathered(x) for x in (users, answers, labels))
+    cross = users @ answers.T
+    pair = cross.diagonal()[:, None]
+    same = labels[:, None] == labels
+    own = torch.eye(len(users), dtype=torch.bool, device=users.device)
+    rivals = torch.cat([cross, users @ users.T, answers @ answers.T], dim=1)  # [Q, 3 Q]
+    dropped = (rivals.detach() > pair.detach() + margin) | torch.cat([same, same, same], dim=1)
+    dropped[:, : len(users)] &= ~own
+    scores = (rivals / temperature).masked_fill(dropped, float("-inf"))
+    return F.cross_entropy(scores, torch.arange(len(users), device=users.device))
+
+
+def matryoshka_contrastive_loss(
+    tokens: torch.Tensor, answers: torch.Tensor, labels: torch.Tensor, dims: Sequence[int], **options: float
+) -> torch.Tensor:
+    """Mean of `contrastive_loss` over embeddings of `dims` dimensions (Kusupati et al. 2022).
+
+    `tokens` `[Q, K, d]` are averaged over the K given; `answers` `[Q, d]` need not be normalised.
+    """
+    losses = [
+        contrastive_loss(pooled(tokens, dim=dim), F.normalize(answers[:, :dim], dim=-1), labels, **options)
+        for dim in dims
+    ]
+    return torch.stack(losses).mean()
+
+
+def gathered(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of all processes, with gradients to each; those given where there is one process.
+
+    Every process then has the loss of the whole batch, and the mean of gradients that DDP takes is the true gradient.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(rows.contiguous()))

@@ -136,6 +136,10 @@ class Domain:
                 kept = kept.last(int(rng.integers(1, 16)))
             drop = rng.random() * config.drop_events
             kept = kept.of(e for e in kept.events if e.timestamp is None or rng.random() >= drop)
+            if config.drop_sources and rng.random() < config.drop_sources:
+                present = sorted({e.source for e in kept.events})
+                lost = set(rng.permutation(present)[: rng.integers(1, max(2, len(present)))])
+                kept = kept.of(e for e in kept.events if e.source not in lost)
             if kept.timed:
                 return replace(cut, history=kept)
 

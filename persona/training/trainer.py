@@ -7,20 +7,23 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from persona.encoders import TextEncoder, UserEncoder, Vocabulary
+from persona.encoders import TextEncoder, UserEncoder, Vocabulary, make_encoder
+from persona.encoders.chunks import answers_in_chunks
 from persona.errors import PersonaError
 from persona.injection import PersonalizedLM, SoftPromptLM, load_llm
 from persona.injection.llm import default_device
 from persona.training.arguments import training_arguments
 from persona.training.configs import TrainingConfig
-from persona.training.data import Collator, Examples
-from persona.training.objectives import next_item_loss
+from persona.training.data import Collator, Examples, Pairs
+from persona.training.objectives import matryoshka_contrastive_loss, next_item_loss
 from persona.training.recipe import Domain
 from persona.training.trained_on import write_trained_on
 
@@ -46,20 +49,47 @@ class AdapterTrainer(Trainer):
 
 
 class PersonaTrainer(AdapterTrainer):
-    """Answer loss, plus `next_item_weight` x next-item loss on the states of the same batch."""
+    """The weighted sum of the objectives that a `TrainingConfig` turns on, all of the same batch.
 
-    def __init__(self, *args, next_item_weight: float = 0.0, **kwargs):
+    Answer loss (autoregressive, through the frozen LLM), contrastive loss and next-item loss.
+    """
+
+    def __init__(self, *args, objectives: TrainingConfig, **kwargs):
         super().__init__(*args, **kwargs)
-        self.next_item_weight = next_item_weight
+        self.objectives = objectives
         encoder = self.model.encoder
         self._texts = encoder.text_encoder.vectors(encoder.vocabulary.item_texts).to(encoder.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, out = super().compute_loss(model, inputs, True)
-        if self.next_item_weight:
-            encoder = self.accelerator.unwrap_model(model).encoder
-            loss = loss + self.next_item_weight * next_item_loss(encoder, out["states"], inputs["events"], self._texts)
+        config, pairs = self.objectives, inputs.pop("pairs", None)
+        encoder = self.accelerator.unwrap_model(model).encoder
+        out = model(**inputs, chunk=config.contrastive_chunk)
+        loss = config.answer_weight * out["loss"] if config.answer_weight else out["tokens"].sum() * 0.0
+        if config.contrastive_weight:
+            loss = loss + config.contrastive_weight * self._contrastive(encoder, out["tokens"], pairs)
+        if config.next_item_weight:
+            loss = loss + config.next_item_weight * next_item_loss(
+                encoder, out["states"], inputs["events"], self._texts
+            )
         return (loss, out) if return_outputs else loss
+
+    def _contrastive(self, encoder: UserEncoder, tokens: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        config = self.objectives
+        if not pairs.answers:
+            return tokens.sum() * 0.0
+        answers = (
+            answers_in_chunks(encoder, pairs.answers, config.contrastive_chunk)
+            if config.contrastive_chunk
+            else encoder.answer_vectors(pairs.answers)
+        )
+        return matryoshka_contrastive_loss(
+            tokens[pairs.index, : pairs.count],
+            answers,
+            pairs.labels,
+            (encoder.config.width, *config.contrastive_dims),
+            temperature=config.temperature,
+            margin=config.margin,
+        )
 
 
 def train_adapter(
@@ -94,14 +124,14 @@ def train_adapter(
         PersonaTrainer,
         model,
         examples,
-        Collator(model, config.seed),
+        Collator(model, config),
         config,
         out,
         steps=steps,
         resume=resume,
         report_to=report_to,
         note={"without_history": without_history},
-        next_item_weight=0.0 if without_history or config.frozen_encoder else config.next_item_weight,
+        objectives=replace(config, next_item_weight=0.0) if without_history or config.frozen_encoder else config,
     )
     return model
 
@@ -176,7 +206,10 @@ def new_model(
     base, tokenizer = load_llm(llm)
     recipe = domain.recipe
     vocabulary = Vocabulary.fit((domain.histories[u] for u in domain.train), recipe.sources)
-    encoder = UserEncoder(recipe.encoder, vocabulary, text_encoder)
+    config = recipe.encoder
+    if config.backbone == "llm" and not config.llm:
+        config = replace(config, llm=str(llm))
+    encoder = make_encoder(config, vocabulary, text_encoder)
     if pretrained:
         encoder.load_pretrained(pretrained)
     encoder.freeze(recipe.training.frozen_encoder)

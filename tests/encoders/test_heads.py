@@ -19,12 +19,12 @@ def test_cached_states_give_what_a_whole_pass_gives(head, vocabulary, text_encod
     encoder = make(head, vocabulary, text_encoder)
     questions = ["What does this user buy most?", "tea", "What next?"]
     with torch.no_grad():
-        whole = encoder(encoder.batch(shop_histories), questions, torch.arange(3))
-    cached = encoder.tokens(encoder.encode(shop_histories), questions)
+        whole = encoder(encoder.batch(shop_histories), questions, torch.arange(3))[0]
+    cached = encoder.tokens(encoder.read(shop_histories), questions)
     assert whole.shape == (3, 4, 32)
     assert all(torch.allclose(w, c.tokens, atol=1e-5) for w, c in zip(whole, cached))
     grown = encoder.extend(
-        encoder.encode([shop_histories[0].of(shop_histories[0].events[:-3])])[0], list(shop_histories[0].events[-3:])
+        encoder.read([shop_histories[0].of(shop_histories[0].events[:-3])])[0], list(shop_histories[0].events[-3:])
     )
     assert torch.allclose(encoder.tokens([grown], questions[:1])[0].tokens, whole[0], atol=1e-4)
 
@@ -32,7 +32,7 @@ def test_cached_states_give_what_a_whole_pass_gives(head, vocabulary, text_encod
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_the_mean_does_not_hear_the_question_but_the_resampler_does(head, vocabulary, text_encoder, shop_histories):
     def difference(encoder):
-        states = encoder.encode(shop_histories[:1]) * 2
+        states = encoder.read(shop_histories[:1]) * 2
         one, other = encoder.tokens(states, ["tea", "What does this user buy most?"])
         return (one.tokens - other.tokens).abs().max()
 

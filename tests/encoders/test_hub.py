@@ -28,8 +28,8 @@ def change(path, **fields):
 def test_round_trip_gives_the_same_tokens(encoder, saved, text_encoder, strange_history):
     loaded = load(str(saved), text_encoder)
     assert not loaded.training and loaded.config == encoder.config and loaded.vocabulary == encoder.vocabulary
-    a = encoder.tokens(encoder.encode([strange_history]), [ASK])[0]
-    b = loaded.tokens(loaded.encode([strange_history]), [ASK])[0]
+    a = encoder.tokens(encoder.read([strange_history]), [ASK])[0]
+    b = loaded.tokens(loaded.read([strange_history]), [ASK])[0]
     assert torch.equal(a.tokens, b.tokens)
     card = (saved / "README.md").read_text(encoding="utf-8")
     assert "4 instruction-aware user tokens of width 32" in card and "purchase" in card

@@ -40,7 +40,7 @@ def test_the_resampler_sees_how_a_named_item_meets_the_newest_state(vocabulary, 
     config = EncoderConfig(width=32, heads=2, tokens=2, item_targets="id", dropout=0.0, mentions=True)
     encoder = UserEncoder(config, vocabulary, text_encoder).eval()
     name = next(text for text in vocabulary.item_texts if len(text.split()) > 1)
-    states = encoder.encode(shop_histories[:1])
+    states = encoder.read(shop_histories[:1])
 
     def token(text):
         return encoder.tokens(states, [text])[0].tokens

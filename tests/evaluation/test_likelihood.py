@@ -27,7 +27,7 @@ def whole_likelihood(model, request, option):
 @pytest.fixture
 def requests(model, shop_histories):
     questions = ["What does this user buy most?", "Which app?", "Will this user buy an oak violin music next?"]
-    rows = model.soft_rows(model.encoder.encode(shop_histories), questions)
+    rows = model.soft_rows(model.encoder.read(shop_histories), questions)
     soft = [Request(q, OPTIONS, r) for q, r in zip(questions, rows)]
     plain = Request(questions[0], OPTIONS)
     return [*soft, plain, Request(questions[2], OPTIONS[:2], rows[0][:2]), Request(questions[1], STARS, rows[2])]

@@ -197,7 +197,7 @@ def test_round_trip_and_damage(make, tmp_path, shop_histories):
     config = json.loads((saved / "adapter_config.json").read_text())
     assert (config["injection"], config["cross_every"]) == ("both", 2)
     loaded = PersonalizedLM.from_pretrained(saved)
-    states = model.encoder.encode(shop_histories)
+    states = model.encoder.read(shop_histories)
     assert loaded.generate([ASK] * 3, states) == model.generate([ASK] * 3, states)
     (saved / "cross_attention.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"cross_attention\.safetensors is missing"):

@@ -82,7 +82,7 @@ def test_gradients_reach_encoder_and_projector_and_never_the_llm(lm, shop_histor
 
 
 def test_a_mixed_batch_equals_one_by_one_and_the_plain_llm(lm, tokenizer, shop_histories):
-    states = [*lm.encoder.encode(shop_histories), None, None]
+    states = [*lm.encoder.read(shop_histories), None, None]
     asked = [ASK, LONG, LONG, ASK, LONG]
     together = lm.generate(asked, states, max_new_tokens=8)
     assert together == [lm.generate([m], [s], max_new_tokens=8)[0] for m, s in zip(asked, states)]

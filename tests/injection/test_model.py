@@ -24,7 +24,7 @@ def saved(model, tmp_path):
 def test_round_trip_gives_the_same_answers_and_rows(model, saved, shop_histories):
     loaded = PersonalizedLM.from_pretrained(str(saved))
     assert loaded.adapter == model.adapter and not loaded.training
-    states, again = model.encoder.encode(shop_histories), loaded.encoder.encode(shop_histories)
+    states, again = model.encoder.read(shop_histories), loaded.encoder.read(shop_histories)
     assert torch.allclose(model.soft_rows(states, [ASK] * 3), loaded.soft_rows(again, [ASK] * 3), atol=1e-5)
     answers = model.generate([ASK] * 3, states)
     assert answers == loaded.generate([ASK] * 3, again) and len(set(answers)) == 3
@@ -98,7 +98,7 @@ def test_nothing_to_generate(model):
 
 
 def test_the_instruction_can_differ_from_the_question(model, shop_histories):
-    states = model.encoder.encode(shop_histories[:1])
+    states = model.encoder.read(shop_histories[:1])
     usual = model.generate([ASK], states)
     assert usual == model.generate([ASK], states, instructions=[ASK])
     others = {model.generate([ASK], states, instructions=[f"number {n}"])[0] for n in range(4)}
@@ -106,7 +106,7 @@ def test_the_instruction_can_differ_from_the_question(model, shop_histories):
 
 
 def test_fewer_tokens_give_the_first_rows(model, shop_histories):
-    states = model.encoder.encode(shop_histories)
+    states = model.encoder.read(shop_histories)
     rows = model.soft_rows(states, [ASK] * 3)
     torch.testing.assert_close(model.soft_rows(states, [ASK] * 3, 2), rows[:, :2])
     assert len(model.generate([ASK], states[:1], count=1)) == 1
@@ -122,7 +122,7 @@ def test_the_gain_scales_rows(model):
 
 
 def test_lora_trains_saves_and_loads(model, shop_histories, tmp_path):
-    states = model.encoder.encode(shop_histories)
+    states = model.encoder.read(shop_histories)
     before = model.generate([ASK] * 3, states)
     torch.manual_seed(0)
     model.add_lora(4)
@@ -137,9 +137,9 @@ def test_lora_trains_saves_and_loads(model, shop_histories, tmp_path):
         model(**Collator(model)(examples))["loss"].backward()
         optimizer.step()
     model.eval()
-    states = model.encoder.encode(shop_histories)
+    states = model.encoder.read(shop_histories)
     after = model.generate([ASK] * 3, states)
     loaded = PersonalizedLM.from_pretrained(model.save_pretrained(tmp_path / "lora"))
-    assert loaded.generate([ASK] * 3, loaded.encoder.encode(shop_histories)) == after
+    assert loaded.generate([ASK] * 3, loaded.encoder.read(shop_histories)) == after
     with model.llm.disable_adapter():
         assert model.generate([ASK] * 3, states) != after

@@ -37,7 +37,7 @@ def search(time, text="tea", **fields):
 
 def fresh(persona, user):
     """The state made anew from the store."""
-    return persona.model.encoder.encode([persona.store.history(user, tenant=persona.tenant)])[0]
+    return persona.model.encoder.read([persona.store.history(user, tenant=persona.tenant)])[0]
 
 
 def same(a, b):
@@ -59,7 +59,7 @@ def test_observed_users_get_answers_of_their_own(persona, shop_histories):
     assert [a.personalized for a in answers] == [True, True, True, False] and not any(a.truncated for a in answers)
     assert [a.reason for a in answers[:3]] == [None] * 3
     model = persona.model
-    assert [a.text for a in answers[:3]] == model.generate([ASK] * 3, model.encoder.encode(shop_histories))
+    assert [a.text for a in answers[:3]] == model.generate([ASK] * 3, model.encoder.read(shop_histories))
     assert len({a.text for a in answers}) == 4
     assert [persona.generate(u, ASK) for u in users] == answers[:3]
     tokens = persona.tokens(users[0], ASK, 2)
@@ -185,7 +185,7 @@ def test_tenants_share_nothing(model, store):
 
 
 def test_the_cache_is_bounded_and_drops_the_longest_unused(model, store):
-    one = model.encoder.encode([History("x", (search(1, "x"),))])[0].nbytes
+    one = model.encoder.read([History("x", (search(1, "x"),))])[0].nbytes
     persona = Persona(model, store, cache_mib=2.5 * one / 2**20)
     for user in ("a", "b", "c"):
         persona.observe(user, search(1, user))
@@ -200,7 +200,7 @@ def test_from_pretrained(model, tmp_path, llm_path, shop_histories):
     model.save_pretrained(tmp_path / "adapter")
     persona = Persona.from_pretrained(tmp_path / "adapter", store=f"sqlite:///{tmp_path / 'e.db'}")
     persona.observe("u", shop_histories[0].events)
-    assert persona.generate("u", ASK).text == model.generate([ASK], model.encoder.encode(shop_histories[:1]))[0]
+    assert persona.generate("u", ASK).text == model.generate([ASK], model.encoder.read(shop_histories[:1]))[0]
     with pytest.raises(ValueError, match="transformers"):
         Persona.from_pretrained(tmp_path / "adapter", engine="llama.cpp")
 
@@ -226,7 +226,7 @@ def test_a_damaged_request_is_refused_before_any_model_runs(persona, read):
 def test_without_the_weights_of_the_llm_user_tokens_and_prompts_are_the_same(persona, model, tmp_path, shop_histories):
     folder = model.save_pretrained(tmp_path / "adapter")
     shell = PersonalizedLM.from_pretrained(folder, llm_weights=False)
-    states = model.encoder.encode(shop_histories)
+    states = model.encoder.read(shop_histories)
     assert torch.equal(shell.soft_rows(states, ["?"] * 3), model.soft_rows(states, ["?"] * 3))
     assert shell.template.prompt("hello", 2) == model.template.prompt("hello", 2)
     held = [name for name, p in shell.llm.named_parameters() if not p.is_meta]

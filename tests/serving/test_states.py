@@ -158,7 +158,7 @@ def test_threads_that_write_read_and_forget_leave_nothing_wrong(states, store, e
     for user in users:
         history = store.history(user)
         found = states.get(user)
-        assert same(found, encoder.encode([history])[0]) if len(history) else found is None
+        assert same(found, encoder.read([history])[0]) if len(history) else found is None
 
 
 def test_tenants_share_no_state(states, store):

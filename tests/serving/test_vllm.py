@@ -19,7 +19,7 @@ NEW = 12
 @pytest.fixture
 def requests(model, shop_histories, strange_history):
     """Prompts and rows of eight users and of nobody, of two lengths; the last four users are random rows."""
-    states = model.encoder.encode([*shop_histories, strange_history])
+    states = model.encoder.read([*shop_histories, strange_history])
     chat = [SYSTEM, {"role": "user", "content": LONG}]
     rows = torch.cat([model.soft_rows(states, [ASK] * 4), random_rows(model, 4)])
     prompts = [model.template.prompt(ASK, 4) for _ in states] + [model.template.prompt(chat, 4) for _ in states]

@@ -55,7 +55,7 @@ def asked(encoder, tokenizer, shop_histories, tmp_path):
     def write(llm):
         torch.manual_seed(2)
         lm = PersonalizedLM(llm, tokenizer, encoder).eval()
-        states = encoder.encode(shop_histories)
+        states = encoder.read(shop_histories)
         system = {"role": "system", "content": "You answer questions of a shop about its users. " * 3}
         question = "What does this user buy most?"
         prompts = [lm.template.prompt([system, {"role": "user", "content": question}], 4) for _ in states]

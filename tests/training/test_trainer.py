@@ -53,7 +53,7 @@ def test_two_users_learn_different_answers(model):
     model.eval()
     assert losses[-1] < 1 < losses[0] / 8
     count = int(batch["batch"].soft[0].sum())
-    assert model.generate([ASK] * 2, model.encoder.encode(histories), count=count) == answers
+    assert model.generate([ASK] * 2, model.encoder.read(histories), count=count) == answers
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(domain, data, llm_path, text_encoder, tmp_path):
@@ -92,10 +92,10 @@ def test_the_saved_adapter_is_the_trained_one(domain, llm_path, text_encoder, tm
     trained = train_adapter(domain, llm_path, tmp_path, steps=2, text_encoder=text_encoder)
     loaded = PersonalizedLM.from_pretrained(tmp_path)
     assert loaded.adapter.domain == "demo" and not trained.training
-    states = trained.encoder.encode(shop_histories)
+    states = trained.encoder.read(shop_histories)
     assert torch.allclose(
         trained.soft_rows(states, [ASK] * 3),
-        loaded.soft_rows(loaded.encoder.encode(shop_histories), [ASK] * 3),
+        loaded.soft_rows(loaded.encoder.read(shop_histories), [ASK] * 3),
         atol=1e-5,
     )
 

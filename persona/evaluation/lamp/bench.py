@@ -18,7 +18,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, set_seed
 
-from persona.encoders import TextEncoder, UserEncoder, Vocabulary
+from persona.encoders import TextEncoder, Vocabulary, make_encoder
 from persona.errors import DataError, PersonaError
 from persona.evaluation.lamp.files import write_predictions
 from persona.evaluation.lamp.lm_eval import export_lm_eval
@@ -143,7 +143,7 @@ class LampBench:
         set_seed(self.seed)
         if method.model == "ours":
             vocabulary = Vocabulary.fit(self.domain.histories(), self.domain.sources)
-            encoder = UserEncoder(recipe.encoder, vocabulary, self.text_encoder)
+            encoder = make_encoder(recipe.encoder, vocabulary, self.text_encoder)
             model = OurLM(llm, tokenizer, encoder, recipe, without_history=method.profile == "none")
         elif method.model == "pplug":
             model = PPlug(llm, tokenizer, self.text_encoder, recipe)

@@ -53,7 +53,7 @@ class OurLM(PersonalizedLM):
 
     def rows(self, samples: Sequence[Sample]) -> torch.Tensor:
         """`[B, K, llm_width]`."""
-        states = self.encoder.encode([self._seen(sample.profile) for sample in samples])
+        states = self.encoder.read([self._seen(sample.profile) for sample in samples])
         return self.soft_rows(states, [self._instruction(sample) for sample in samples])
 
     def _instruction(self, sample: Sample) -> str:

@@ -58,7 +58,7 @@ def evaluate_official(
         for name, owners in {"ours": part, "shuffled_user": [other[i] for i in part], "no_history": None}.items():
             states = None
             if owners is not None:  # encoded anew each time: the states of all users would not fit in memory
-                states = model.encoder.encode([to_history(file[i], f"row {i}", decode=decode) for i in owners])
+                states = model.encoder.read([to_history(file[i], f"row {i}", decode=decode) for i in owners])
             answers[name] += next_tokens(model, asked, states)
         progress(f"{part.stop} of {size} questions")
     return {name: official_accuracy(questions, those, golds, seed=seed) for name, those in answers.items()}

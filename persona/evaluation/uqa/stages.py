@@ -20,7 +20,7 @@ from typing import get_args
 
 from transformers import set_seed
 
-from persona.encoders import TextEncoder, UserEncoder, Vocabulary
+from persona.encoders import TextEncoder, Vocabulary, make_encoder
 from persona.encoders.backbones import BACKBONES
 from persona.encoders.backbones.matching import matched_inner, parameter_count
 from persona.encoders.heads import HEADS
@@ -128,7 +128,7 @@ class UQA:
             held = leave_one_out([domain.histories[user] for user in domain.validation])
             set_seed(run.seed)
             vocabulary = Vocabulary.fit(histories, recipe.sources)
-            encoder = UserEncoder(recipe.encoder, vocabulary, self.text_encoder)
+            encoder = make_encoder(recipe.encoder, vocabulary, self.text_encoder)
             pretrain(encoder, histories, held, recipe.pretraining, folder, steps=steps)
             write_trained_on(domain.fingerprints(domain.train), folder)
         return folder

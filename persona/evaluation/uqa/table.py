@@ -60,7 +60,7 @@ def soft_table(
     ours = f"soft_k{most}"
     lengths = {str(domain.recipe.window): table.summary(table.values[ours])}
     for length in (n for n in LENGTHS if n < domain.recipe.window):
-        states = model.encoder.encode([cut.history.last(length) for cut in table.sample.cuts])
+        states = model.encoder.read([cut.history.last(length) for cut in table.sample.cuts])
         lengths[str(length)] = table.summary(table.score(methods.soft(model, states, most)))
     result = table.result("uqa", encoder_config=asdict(model.encoder.config), run=asdict(run))
     others = {"shuffled_user": table.values["shuffled_user"]}
@@ -134,7 +134,7 @@ class Table:
 
     def learned_prompt(self, control: PersonalizedLM) -> None:
         """Adds the row of a model trained on empty histories."""
-        nobody = control.encoder.encode([History("nobody")])[0]
+        nobody = control.encoder.read([History("nobody")])[0]
         states = [nobody] * len(self.sample.cuts)
         self.ask("learned_prompt", self.methods.soft(control, states, control.encoder.config.tokens), control)
 

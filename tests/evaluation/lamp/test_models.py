@@ -311,7 +311,7 @@ def test_rows_are_those_of_a_personalized_lm(ours, llm_path):
     model = ours()
     same = PersonalizedLM(*load_llm(llm_path), model.encoder).eval()
     same.projector.load_state_dict(model.projector.state_dict())
-    rows = same.soft_rows(same.encoder.encode([s.profile for s in SAMPLES]), [s.input for s in SAMPLES])
+    rows = same.soft_rows(same.encoder.read([s.profile for s in SAMPLES]), [s.input for s in SAMPLES])
     assert torch.allclose(model.rows(SAMPLES), rows, atol=1e-5)
     assert model.adapter.domain == "films"
 

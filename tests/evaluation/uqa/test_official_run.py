@@ -31,7 +31,7 @@ def one_by_one(model, file, owners, **options):
     """
     answers = []
     for row, owner in zip(file, owners):
-        states = None if owner is None else model.encoder.encode([to_history(file[owner], "user", **options)])
+        states = None if owner is None else model.encoder.read([to_history(file[owner], "user", **options)])
         rows = None if owner is None else model.soft_rows(states, [row.question])[0]
         batch = model.collate([model.template.prompt(row.question, 0 if rows is None else len(rows))])
         embeds = model.embed(rows, batch)

@@ -269,7 +269,7 @@ def test_concurrent_users_are_never_mixed(make, acall, store, vllm, rows_of, mod
     for seen in vllm.requests:
         body = json.loads(seen.body)
         got[body["tag"]] = rows_of(body["messages"][0]["content"][0]["data"])
-    alone = {u: model.encoder.encode([store.history(u)])[0] for u in users}
+    alone = {u: model.encoder.read([store.history(u)])[0] for u in users}
     for n, (user, text) in enumerate(work):
         assert torch.allclose(got[n], model.soft_rows([alone[user]], [text])[0], atol=1e-4), (n, user)
     assert not torch.allclose(got[0], got[4], atol=1e-3)

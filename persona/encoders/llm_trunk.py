@@ -1,0 +1,101 @@
+"""`LLMTrunk`: a small causal LM as a sequence backbone, which reads vectors and words and keeps its key-value cache.
+
+It follows the protocol of `persona.encoders.backbones`; a cache is one tensor, `[layers, 2, B, heads, N, d / heads]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, DynamicCache
+
+from persona.errors import CheckpointError, MissingExtraError, RecipeError
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LLMTrunk(nn.Module):
+    """The decoder of a Hugging Face causal LM, without its LM head, with LoRA or trained whole."""
+
+    def __init__(self, name: str | Path, lora_rank: int):
+        """With `lora_rank` 0 all of it is trained but its word embeddings. Raises `CheckpointError`, `RecipeError`."""
+        super().__init__()
+        if not name:
+            raise RecipeError("encoder.backbone is llm: name the trunk as encoder.llm, a Hugging Face name or a folder")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            llm = AutoModel.from_pretrained(name, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"the encoder's LLM {str(name)!r} cannot be loaded: {error}") from error
+        if self.tokenizer.eos_token_id is None:
+            raise CheckpointError(f"the tokenizer of {name} has no end token; an answer's vector is read at it")
+        if lora_rank:
+            try:
+                from peft import LoraConfig, inject_adapter_in_model
+            except ImportError as error:
+                raise MissingExtraError("LoRA needs peft: pip install 'persona[train]'") from error
+            llm.requires_grad_(False)
+            config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=list(LORA_TARGETS))
+            llm = inject_adapter_in_model(config, llm)
+        llm.get_input_embeddings().requires_grad_(False)
+        self.llm = llm
+        self.frozen = tuple(name for name, p in self.named_parameters() if not p.requires_grad)
+        """Names of the parameters that are never trained, nor saved with an encoder."""
+
+    @property
+    def width(self) -> int:
+        """Hidden size."""
+        return self.llm.get_input_embeddings().weight.shape[1]
+
+    @torch.no_grad()
+    def some_words(self) -> torch.Tensor:
+        """Rows of the LM's input as its embedding layer puts them out, `[at most 8192, d]`."""
+        embed = self.llm.get_input_embeddings()
+        return embed(torch.arange(min(8192, len(embed.weight)), device=embed.weight.device))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        cache: torch.Tensor | None = None,
+        times: torch.Tensor | None = None,
+        cache_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States `[B, L, d]` of the vectors `x`, which go on from `cache`, and the cache with them.
+
+        `mask` `[B, L]` and `cache_mask` `[B, N]` are True at real positions; None: all are. Padding may stand on
+        either side of `x`: positions are counted over what is real. `times` is not read: event vectors tell the time.
+        """
+        size, length = x.shape[:2]
+        past = 0 if cache is None else cache.shape[4]
+        ones = x.new_ones(size, max(past, length), dtype=torch.bool)
+        known = torch.cat(
+            [
+                ones[:, :past] if cache_mask is None else cache_mask,
+                ones[:, :length] if mask is None else mask,
+            ],
+            dim=1,
+        )
+        causal = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
+        kept = DynamicCache()
+        for layer in range(0 if cache is None else len(cache)):
+            kept.update(cache[layer, 0], cache[layer, 1], layer)
+        out = self.llm(
+            inputs_embeds=x,
+            attention_mask=(known[:, None] & causal)[:, None],
+            position_ids=(known.cumsum(1) - 1).clamp(min=0)[:, past:],
+            past_key_values=kept,
+            use_cache=True,
+        )
+        made = torch.stack([torch.stack([layer.keys, layer.values]) for layer in kept.layers])
+        return out.last_hidden_state, made
+
+    def words(self, texts: Sequence[str], *, end: bool = False) -> list[torch.Tensor]:
+        """Embeddings `[T, d]` of each text's tokens, with the end token after them if asked."""
+        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        last = [self.tokenizer.eos_token_id] if end else []
+        embed = self.llm.get_input_embeddings()
+        return [embed(torch.tensor(i + last, dtype=torch.long, device=embed.weight.device)) for i in ids]
