@@ -10,6 +10,7 @@ import typer
 
 from persona.cli.bench import bench
 from persona.cli.common import Change, Data, Recipe, ReportTo, Strict, open_domain, quiet, say
+from persona.cli.embed import embed
 from persona.errors import MissingExtraError, PersonaError
 
 app = typer.Typer(help="Gives any LLM call a user id.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -18,6 +19,7 @@ data_app = typer.Typer(help="Raw records: read them, or draw some.", no_args_is_
 app.add_typer(data_app, name="data")
 app.add_typer(lm, name="lm")
 app.add_typer(bench, name="bench")
+app.command()(embed)
 
 
 @data_app.command("shop")
@@ -53,6 +55,39 @@ def data_check(recipe: Recipe, data: Data, strict: Strict = False) -> None:
     """Reads the records of a recipe and says what it found, bad rows included."""
     domain = open_domain(recipe, data, strict)
     say(f"users: {len(domain.train)} train, {len(domain.validation)} validation, {len(domain.test)} test")
+
+
+@data_app.command("userqa")
+def data_userqa(
+    recipe: Recipe,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    per_user: Annotated[int, typer.Option(help="Points in time at which each training user is asked.")] = 4,
+    easy_share: Annotated[
+        float, typer.Option(help="Share kept of the training answers that text similarity finds; others all are.")
+    ] = 0.3,
+    seed: Annotated[int, typer.Option(help="Seed of all that is drawn.")] = 0,
+    rewrite_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible LLM that rewrites the questions; it sees no user's records.")
+    ] = None,
+    rewrite_model: Annotated[str | None, typer.Option(help="Name of that LLM; its key is OPENAI_API_KEY.")] = None,
+    rewrite_count: Annotated[int, typer.Option(help="Other wordings of each question to ask for.")] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier dataset in the folder.")] = False,
+    strict: Strict = False,
+) -> None:
+    """Writes (history, instruction, answer) triples as a dataset: UserQA of InstructUE. It holds users' records."""
+    quiet()
+    from persona.training.userqa import Rewriting, UserQAConfig, check_folder, counts_table, write_userqa
+
+    config = UserQAConfig(per_user, easy_share, seed)
+    rewriting = None
+    if rewrite_url is not None or rewrite_model is not None:
+        rewriting = Rewriting(rewrite_url or "", rewrite_model or "", rewrite_count)
+    check_folder(out, overwrite=overwrite)
+    domain = open_domain(recipe, data, strict)
+    counts = write_userqa(domain, out, config, rewriting=rewriting, overwrite=overwrite, say=say)
+    typer.echo(counts_table(counts))
+    say(f"wrote {out}: {counts}")
 
 
 @lm.command("build")

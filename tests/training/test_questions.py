@@ -197,6 +197,34 @@ def test_the_next_attribute_is_of_what_comes_after_the_cut(history):
     assert drawn == {"war", "opera"}
 
 
+def times(answer):
+    """When the events that support a true answer or a question happened."""
+    return [event.timestamp for event in answer.support]
+
+
+def test_an_answer_is_supported_by_the_events_that_make_it(history):
+    assert [times(t) for t in true(TOP2, history, 7)] == [[0, 2, 3, 4, 5, 6]]
+    assert [times(t) for t in true(replace(TOP2, top=1, last=4), history, 7)] == [[4, 5, 6]]
+    assert [times(t) for t in true(replace(GENRE, min_value=4), history, 7)] == [[4, 5]]
+    assert {t.fields["{n}"]: times(t) for t in true(NTH, history, 6)} == {"1": [5], "2": [4], "3": [3]}
+    assert {t.fields["{value}"]: times(t) for t in true(COUNT, history, 6)} == {"war": [2, 3], "opera": [4, 5]}
+    assert [times(t) for t in true(PATH, history, 7)] == [[0, 2, 3, 4, 5, 6]]
+    assert [times(t) for t in true(COMING, history, 3)] == [[3], [4]]
+
+
+@pytest.mark.parametrize("letters", [False, True])
+def test_questions_carry_their_support(catalogue, letters):
+    history = History("u", (film(1, 40), film(2, 3), film(3, 55), film(4, 56)))
+    specs = {**SPECS, "next": replace(NEXT, choice_prompt="Which film?")}
+    rng = np.random.default_rng(0)
+    questions = build_questions(make_cut(history, 2, 50), specs, catalogue, rng, training=False, letters=letters)
+    assert len(set(questions)) == len(questions)
+    found = [(q.task, q.answer if q.task == "next" and not letters else None, times(q)) for q in questions]
+    asked = [("next", None, [3])] if letters else [("next", "yes", [3]), ("next", "no", []), ("next", "no", [])]
+    others = [("genre", None, [1, 2]), ("recent", None, [1, 2]), ("stars", None, [3])]
+    assert sorted(found, key=str) == sorted(asked + others, key=str)
+
+
 @pytest.fixture(scope="module")
 def answered():
     """A catalogue for questions with choices: three in four users like war best, the others noir, and a few opera."""

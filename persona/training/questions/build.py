@@ -37,7 +37,7 @@ def build_questions(
                 prompt = spec.prompt
                 for place, text in true.fields.items():
                     prompt = prompt.replace(place, text)
-                questions.append(Question(name, prompt, true.answer, options, true.item_id))
+                questions.append(Question(name, prompt, true.answer, options, true.item_id, support=true.support))
     return lettered(questions, specs, catalogue, rng) if letters else questions
 
 
@@ -50,6 +50,6 @@ def _next_item(name: str, spec: QuestionSpec, cut: Cut, catalogue: Catalogue, rn
         items = catalogue.items[spec.source]
         for item_id in [event.item_id, *others]:
             prompt = spec.prompt.replace("{item}", items[item_id].text)
-            answer = YES if item_id == event.item_id else NO
-            questions.append(Question(name, prompt, answer, (YES, NO), item_id, group))
+            answer, support = (YES, (event,)) if item_id == event.item_id else (NO, ())
+            questions.append(Question(name, prompt, answer, (YES, NO), item_id, group, support))
     return questions

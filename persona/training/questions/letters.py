@@ -46,4 +46,4 @@ def _lettered(question: Question, prompt: str, answer: str, options: list[str], 
     letters = ascii_uppercase[: len(order)]
     lines = [prompt, *(f"{letter}. {option}" for letter, option in zip(letters, order))]
     gold = letters[order.index(answer)]
-    return Question(question.task, "\n".join(lines), gold, tuple(letters), question.item_id)
+    return Question(question.task, "\n".join(lines), gold, tuple(letters), question.item_id, support=question.support)

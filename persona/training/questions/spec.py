@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from persona.history import Event
 from persona.history.source import STRICT
 
 YES, NO = "yes", "no"
@@ -96,3 +97,6 @@ class Question:
     """The item asked about, for the floors that use no text."""
     group: int = 0
     """Yes/no questions of one group compete: the group is right when its true item has the highest odds of yes."""
+    support: tuple[Event, ...] = field(default=(), hash=False)
+    """The events that make the answer right: of the history, or of the future for kinds that ask what comes next. The
+    answer "no" has none."""

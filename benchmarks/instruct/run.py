@@ -1,0 +1,326 @@
+"""Instruction-aware embeddings: what each objective, the instruction, noise, sources and lengths do to their quality.
+
+    python benchmarks/instruct/run.py adapters/demo/instruct.yaml --data build/shop --llm build/instruct/lm \
+        --out build/instruct/demo --result benchmarks/results/instruct-demo.json
+
+Trains one adapter for each variant, all for the same steps, then asks test users. What lies in --out is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from persona.cli.common import quiet
+from persona.encoders import TextEncoder
+from persona.evaluation.instructed import KINDS, Instructed, with_noise
+from persona.evaluation.intervals import interval, mean_over_users
+from persona.evaluation.runner import provenance, sizes
+from persona.history import History
+from persona.history.render import render_history
+from persona.injection import PersonalizedLM
+from persona.training.recipe import Domain, Recipe, load_recipe
+from persona.training.trained_on import check_unseen
+from persona.training.trainer import train_adapter
+
+SHARES = (0.0, 0.25, 0.5, 1.0, 2.0)
+"""Irrelevant events for each event of a history."""
+LAST = 21
+"""Newest events that noise is mixed into: with twice as many more they still fit the window."""
+TOKENS, DIMS = (1, 2, 4, 8), (16, 32, 64, 128, 192)
+
+
+def variants(recipe: Recipe) -> dict[str, Recipe]:
+    """The same encoder trained by both objectives, by one of them, and by neither; and a resampler by both."""
+    training, encoder = recipe.training, recipe.encoder
+    resampler = replace(encoder, backbone="transformer", head="resampler", layers=2)
+    weights = {
+        "contrastive": {"answer_weight": 0.0},
+        "autoregressive": {"contrastive_weight": 0.0},
+        "next_item": {"answer_weight": 0.0, "contrastive_weight": 0.0, "next_item_weight": 1.0},
+    }
+    changed = {name: replace(recipe, training=replace(training, **own)) for name, own in weights.items()}
+    return {"both": recipe, **changed, "resampler": replace(recipe, encoder=resampler)}
+
+
+class Bench:
+    """Variants trained on one domain, and their tables."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.out = args, args.out
+        recipe = load_recipe(args.recipe, args.change)
+        self.domain = Domain(recipe, args.data)
+        check_unseen(self.domain.fingerprints(self.domain.test), args.llm)
+        self.recipes = variants(recipe)
+        self.text_encoder = TextEncoder(recipe.encoder.text_encoder)
+        self.asked = Instructed(self.domain, probe_users=args.probe_users)
+
+    def train(self, name: str) -> None:
+        """The adapter of a variant, or of `learned_prompt`: both objectives without any history."""
+        folder = self.out / name
+        if (folder / "training.json").exists():
+            return
+        print(f"training {name}", flush=True)
+        domain = copy.copy(self.domain)
+        control = name == "learned_prompt"
+        domain.recipe = self.recipes["both" if control else name]
+        train_adapter(
+            domain,
+            self.args.llm,
+            folder,
+            steps=self.args.steps,
+            without_history=control,
+            resume=True,
+            text_encoder=self.text_encoder,
+        )
+
+    def model(self, name: str) -> PersonalizedLM:
+        """A variant that was trained."""
+        return PersonalizedLM.from_pretrained(self.out / name, self.args.llm, text_encoder=self.text_encoder)
+
+    def states(self, model: PersonalizedLM, change: Callable[[History], History] | None = None):
+        """What the encoder reads of the test users' histories."""
+        return model.encoder.read(self.asked.histories(change))
+
+    def made(self, name: str, make: Callable[[], dict]) -> dict:
+        """What `make` gives, from its file if that is there."""
+        file = self.out / "tables" / f"{name}.json"
+        if not file.exists():
+            start = time.perf_counter()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            result = make()
+            file.write_text(json.dumps(result) + "\n")
+            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        return json.loads(file.read_text())
+
+    # --- tables: each maps rows to accuracies by user -------------------------------------------------------------
+
+    def objectives(self, name: str) -> dict:
+        """A variant with the right, an empty and a wrong instruction, read out in each way that its training allows."""
+        model, asked, weights = self.model(name), self.asked, self.recipes[name].training
+        states, rows, probes = self.states(model), {}, {}
+        for kind in KINDS:
+            if weights.answer_weight:
+                rows[f"llm, {kind}"] = asked.by_llm(model, states, kind)
+            if weights.contrastive_weight:
+                rows[f"similarity, {kind}"] = asked.by_similarity(model.encoder, states, kind)
+            inputs = (asked.probe_inputs(model.encoder, s, kind) for s in (None, states))
+            ((rows[f"probe, {kind}"], probes[kind]),) = asked.by_probe(*inputs)
+        strangers = [states[i] for i in asked.sample.stranger]
+        if weights.answer_weight:
+            rows["llm, another user's"] = asked.by_llm(model, strangers, "right")
+        if weights.contrastive_weight:
+            rows["similarity, another user's"] = asked.by_similarity(model.encoder, strangers, "right")
+        return {"rows": _listed(rows), "probes": probes}
+
+    def controls(self) -> dict:
+        """The LLM alone, a learned prompt, the history as text, mean text embeddings, chance, the commonest answer."""
+        asked, model = self.asked, self.model("both")
+        cuts = asked.sample.cuts
+        text = [render_history(cut.history, self.domain.recipe.sources) for cut in cuts]
+        rows = {"llm alone": asked.text_in_prompt(model, [""] * len(cuts))}
+        rows["text in the prompt"] = asked.text_in_prompt(model, text)
+        train = asked.mean_texts(self.text_encoder, [c.history for c in asked.training.cuts], asked.training)
+        test = asked.mean_texts(self.text_encoder, [c.history for c in cuts], asked.sample)
+        ((rows["probe of mean text embeddings"], probes),) = asked.by_probe(train, test)
+        rows["commonest answer"], rows["chance"] = asked.commonest(), asked.commonest(chance=True)
+        if (self.out / "learned_prompt" / "training.json").exists():
+            control = self.model("learned_prompt")
+            nobody = control.encoder.read([History("nobody")]) * len(cuts)
+            rows["learned prompt"] = asked.by_llm(control, nobody, "right")
+        return {"rows": _listed(rows), "probes": {"mean text embeddings": probes}}
+
+    def noise(self) -> dict:
+        """Irrelevant events: those of other users, of sources that the questions asked here are not about.
+
+        Probes are fitted on training users without noise, and on as many events of each.
+        """
+        asked, model, sources = self.asked, self.model("both"), set(self.args.noise)
+        pool = [e for u in self.domain.validation for e in self.domain.histories[u].timed if e.source in sources]
+        rows, clean = {}, [cut.history.last(LAST) for cut in asked.training.cuts]
+        known, noisy = model.encoder.read(clean), {}
+        for share in SHARES:
+            rng = np.random.default_rng([0, round(100 * share)])
+            noisy[share] = [with_noise(cut.history.last(LAST), pool, share, rng) for cut in asked.sample.cuts]
+        states = {share: model.encoder.read(own) for share, own in noisy.items()}
+        for kind in ("right", "empty"):
+            train = asked.probe_inputs(model.encoder, known, kind, training=True)
+            found = asked.by_probe(train, *(asked.probe_inputs(model.encoder, s, kind) for s in states.values()))
+            for (share, own), (probe, _) in zip(states.items(), found):
+                rows[f"{share:.0%}: probe, {kind}"] = probe
+                rows[f"{share:.0%}: llm, {kind}"] = asked.by_llm(model, own, kind)
+                rows[f"{share:.0%}: similarity, {kind}"] = asked.by_similarity(model.encoder, own, kind)
+        train = asked.mean_texts(self.text_encoder, clean, asked.training)
+        tests = [asked.mean_texts(self.text_encoder, own, asked.sample) for own in noisy.values()]
+        for (share, own), (probe, _) in zip(noisy.items(), asked.by_probe(train, *tests)):
+            rows[f"{share:.0%}: probe of mean text embeddings"] = probe
+            text = [render_history(h, self.domain.recipe.sources) for h in own]
+            rows[f"{share:.0%}: text in the prompt"] = asked.text_in_prompt(model, text)
+        return {"rows": _listed(rows)}
+
+    def sources(self) -> dict:
+        """Sources added one by one in the recipe's order, then each one left out, at test time."""
+        names, rows, model = list(self.domain.recipe.sources), {}, self.model("both")
+        kept = {f"+ {name}": names[: n + 1] for n, name in enumerate(names)}
+        kept |= {f"without {name}": [other for other in names if other != name] for name in names}
+        for title, some in kept.items():
+            states = self.states(model, lambda h, some=some: h.of(e for e in h.events if e.source in some))
+            rows[f"similarity, {title}"] = self.asked.by_similarity(model.encoder, states, "right")
+            rows[f"llm, {title}"] = self.asked.by_llm(model, states, "right")
+        return {"rows": _listed(rows)}
+
+    def matryoshka(self) -> dict:
+        """Similarity by tokens and dimensions of the embedding."""
+        model, rows = self.model("both"), {}
+        states, config = self.states(model), model.encoder.config
+        for tokens in (k for k in TOKENS if k <= config.tokens):
+            for dim in (d for d in DIMS if d <= config.width):
+                rows[f"{tokens} x {dim}"] = self.asked.by_similarity(
+                    model.encoder, states, "right", tokens=tokens, dim=dim
+                )
+        return {"rows": _listed(rows)}
+
+    def tables(self) -> Iterator[tuple[str, dict]]:
+        """(name, table) of all that is asked for."""
+        names = self.args.variants
+        for name in names:
+            self.train(name)
+            if name in self.recipes:
+                yield name, self.made(f"objectives-{name}", lambda name=name: self.objectives(name))
+        if "both" in names:
+            yield "controls", self.made("controls", self.controls)
+            yield "matryoshka", self.made("matryoshka", self.matryoshka)
+            if len(self.domain.recipe.sources) > 1:
+                yield "sources", self.made("sources", self.sources)
+            if self.args.noise:
+                yield "noise", self.made("noise", self.noise)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Trains, asks, and writes the result anew after each table."""
+    quiet()
+    bench = Bench(args)
+    asked, tables, probes = bench.asked, {}, {}
+    for name, table in bench.tables():
+        tables[name] = {row: np.array(values, float) for row, values in table["rows"].items()}
+        probes |= {name: table["probes"]} if "probes" in table else {}
+        write(args, bench, tables, probes)
+    print(f"{len(asked.sample.users)} users, {len(asked.sample.cuts)} cuts")
+
+
+def write(args: argparse.Namespace, bench: Bench, tables: Mapping[str, dict], probes: dict) -> None:
+    """Means over users with intervals, and the differences that are claimed, user by user."""
+    asked = bench.asked
+    noisy = asked.tasks if not args.noise else asked.about(set(bench.domain.recipe.sources) - set(args.noise))
+    result = {
+        "name": args.result.stem,
+        "kind": "instruct",
+        "results": {
+            name: {row: summary(v, asked, noisy if name == "noise" else None) for row, v in rows.items()}
+            for name, rows in tables.items()
+        },
+        "probes": probes,
+        "paired": {
+            f"{a} - {b}": difference(tables, a, b, asked, noisy if a.startswith("noise") else None)
+            for a, b in claims(tables)
+        },
+        "training": {
+            name: json.loads((bench.out / name / "training.json").read_text())
+            for name in args.variants
+            if (bench.out / name / "training.json").exists()
+        },
+        "n": sizes(asked.sample, asked.tasks),
+        "config": {
+            "domain": bench.domain.recipe.name,
+            "tasks": asked.tasks,
+            "probed": asked.probed,
+            "noise": args.noise,
+            "noise_tasks": noisy,
+            "probe_users": len(asked.training.users),
+            "interval": "percentile bootstrap over users, 95%, 2000 resamples",
+        },
+        **provenance(bench.domain, 0),
+        "command": " ".join(["python", "benchmarks/instruct/run.py", *sys.argv[1:]]),
+    }
+    args.result.parent.mkdir(parents=True, exist_ok=True)
+    args.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def claims(tables: Mapping[str, dict]) -> Iterator[tuple[str, str]]:
+    """Pairs of "table: row" whose difference is shown."""
+    for name, rows in tables.items():
+        for way in ("llm", "similarity", "probe"):
+            for other in ("empty", "wrong", "another user's"):
+                if f"{way}, right" in rows and f"{way}, {other}" in rows:
+                    yield f"{name}: {way}, right", f"{name}: {way}, {other}"
+    for other in ("contrastive", "autoregressive", "next_item", "resampler"):
+        for way in ("llm", "similarity", "probe"):
+            row = f"{way}, right"
+            if row in tables.get("both", {}) and row in tables.get(other, {}):
+                yield f"both: {row}", f"{other}: {row}"
+    for row in tables.get("controls", {}):
+        yield f"both: {'probe' if row.startswith('probe') else 'llm'}, right", f"controls: {row}"
+    for row in tables.get("noise", {}):
+        share, way = row.split(": ")
+        if share != "0%":
+            yield f"noise: {row}", f"noise: 0%: {way}"
+
+
+def difference(
+    tables: Mapping[str, dict], a: str, b: str, asked: Instructed, only: Sequence[str] | None = None
+) -> dict:
+    """Mean difference of two rows on the tasks that both answer."""
+    left, right = (tables[name][row] for name, row in (key.split(": ", 1) for key in (a, b)))
+    if left.shape != right.shape:  # a probe answers some of the tasks
+        index = [asked.tasks.index(task) for task in asked.probed]
+        left, right = (v[:, index] if v.shape[1] == len(asked.tasks) else v for v in (left, right))
+    return summary(left - right, asked, only)
+
+
+def summary(values: np.ndarray, asked: Instructed, only: Sequence[str] | None = None) -> dict:
+    """Mean and interval of each task and of their mean."""
+    names = asked.tasks if values.shape[1] == len(asked.tasks) else asked.probed
+    if only is not None:
+        index = [i for i, name in enumerate(names) if name in only]
+        names, values = [names[i] for i in index], values[:, index]
+    mean, (low, high) = mean_over_users(values), interval(values)
+    return {
+        name: {"acc": round(float(m), 4), "low": round(float(a), 4), "high": round(float(b), 4)}
+        for name, m, a, b in zip([*names, "mean"], mean, low, high)
+    }
+
+
+def _listed(rows: Mapping[str, np.ndarray]) -> dict:
+    return {name: [[None if np.isnan(v) else float(v) for v in row] for row in values] for name, values in rows.items()}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--data", required=True, help="folder of the records")
+    parser.add_argument("--llm", required=True, help="the frozen LLM")
+    parser.add_argument("--out", type=Path, required=True, help="folder for adapters and tables")
+    parser.add_argument("--result", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--set", dest="change", nargs="+", default=[], help="fields of the recipe to change")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--probe-users", type=int, default=300, help="training users that probes are fitted on")
+    parser.add_argument("--noise", nargs="*", default=[], help="sources that irrelevant events are drawn from")
+    parser.add_argument("--variants", nargs="+", default=[*DEFAULT])
+    return parser.parse_args()
+
+
+DEFAULT = ("both", "contrastive", "autoregressive", "next_item", "resampler", "learned_prompt")
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(arguments())
