@@ -143,3 +143,9 @@ class Attention(nn.Module):
         k, v = keys_values
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
         return self.out(attended.transpose(1, 2).reshape(batch, length, width))
+
+    def weights(self, x: torch.Tensor, keys_values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The weights `[B, heads, L, N]` with which `forward` sums the values; each row sums to 1."""
+        q = self.query(x).view(len(x), x.shape[1], self.heads, -1).transpose(1, 2)
+        logits = q @ keys_values[0].transpose(2, 3) / q.shape[-1] ** 0.5
+        return (logits if mask is None else logits.masked_fill(~mask[:, None, None, :], -torch.inf)).softmax(-1)

@@ -1,0 +1,87 @@
+"""Right, empty and wrong instructions, noise, and the three ways to read an embedding."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from persona.evaluation.instructed import KINDS, Instructed, mean_text, with_noise
+from persona.history import Event, History
+
+
+@pytest.fixture(scope="module")
+def asked(domain):
+    return Instructed(domain, probe_users=40)
+
+
+def test_what_the_encoder_is_told(asked, domain):
+    questions = domain.recipe.questions
+    assert asked.tasks == asked.probed == ["favourite_category", "recent_category"]
+    one = next(a for a in asked.sample.asked if a.question.task == "favourite_category")
+    told = {kind: asked.instruction(asked.sample, one, kind) for kind in KINDS}
+    assert told == {
+        "right": questions["favourite_category"].prompt,
+        "empty": "",
+        "wrong": questions["recent_category"].prompt,
+    }
+
+
+def test_every_way_gives_accuracies_of_users(asked, model):
+    states = model.encoder.read(asked.histories())
+    users = len(asked.sample.users)
+    for kind in KINDS:
+        for found in (asked.by_llm(model, states, kind), asked.by_similarity(model.encoder, states, kind, dim=8)):
+            assert found.shape == (users, 2) and 0 <= np.nanmin(found) <= np.nanmax(found) <= 1
+    train, test = (asked.probe_inputs(model.encoder, s, "right") for s in (None, states))
+    assert [len(x) for x in train] == [sum(a.question.task == t for a in asked.training.asked) for t in asked.probed]
+    once, twice = asked.by_probe(train, test), asked.by_probe(train, test, test)
+    assert len(once) == 1 and len(twice) == 2
+    for accuracy, scores in (*once, *twice):
+        assert np.allclose(accuracy, once[0][0], equal_nan=True) and scores == once[0][1]
+        assert all(0 <= v <= 1 for task in scores.values() for v in task.values())
+
+
+def test_the_empty_instruction_says_one_thing_of_a_user(asked, model):
+    states = model.encoder.read(asked.histories())
+    by_task = asked.probe_inputs(model.encoder, states, "empty")
+    cuts = [[a.cut for a in asked.sample.asked if a.question.task == task] for task in asked.probed]
+    shared = sorted(set(cuts[0]) & set(cuts[1]))
+    assert shared and all(
+        np.allclose(by_task[0][cuts[0].index(c)], by_task[1][cuts[1].index(c)], atol=1e-5) for c in shared
+    )
+
+
+def test_controls(asked, model):
+    chance, common = asked.commonest(chance=True), asked.commonest()
+    assert np.allclose(chance[~np.isnan(chance)], 1 / 8)
+    assert set(np.unique(common[~np.isnan(common)])) <= {0, 0.25, 0.5, 0.75, 1, 1 / 3, 2 / 3}
+    texts = asked.mean_texts(model.encoder.text_encoder, [c.history for c in asked.sample.cuts], asked.sample)
+    assert [x.shape[1] for x in texts] == [model.encoder.text_encoder.dim] * 2
+    assert asked.text_in_prompt(model, [""] * len(asked.sample.cuts)).shape == chance.shape
+    assert asked.about({"purchase"}) == asked.tasks and asked.about({"search"}) == []
+
+
+def test_mean_texts(text_encoder):
+    events = (
+        Event("search", 1.0, text="roses"),
+        Event("buy", 2.0, item_id="7"),
+        Event("profile", attributes={"city": "Oslo", "age": None}),
+    )
+    vectors = text_encoder.vectors(["city: Oslo", "roses"]).mean(0)
+    found = mean_text(text_encoder, History("u", events))
+    assert np.allclose(found, vectors / vectors.norm(), atol=1e-6)
+    assert not mean_text(text_encoder, History("u")).any()
+
+
+def test_noise_keeps_the_history_and_its_span():
+    own = History("u", tuple(Event("search", 10.0 * i, text=f"own {i}") for i in range(8)))
+    pool = [Event("app", 1e9, text=f"noise {i}") for i in range(50)]
+    rng = np.random.default_rng(0)
+    assert with_noise(own, pool, 0.0, rng) is own and len(with_noise(History("u"), pool, 2.0, rng)) == 0
+    for share in (0.25, 1.0, 2.0):
+        noisy = with_noise(own, pool, share, np.random.default_rng(0))
+        assert len(noisy) == round(8 * (1 + share))
+        assert [e for e in noisy.events if e.source == "search"] == list(own.events)
+        assert all(0 <= e.timestamp <= 70 for e in noisy.timed)
+        assert noisy == with_noise(own, pool, share, np.random.default_rng(0))
+    assert with_noise(own.of([replace(own.events[0])]), pool, 2.0, rng).timed[0].text == "own 0"
