@@ -25,22 +25,24 @@ class TextPart(nn.Module):
 
 
 class SourceTexts(nn.Module):
-    """A `TextPart` for each source (InstructUE, section 3), and one, number 0, for texts that are of no source."""
+    """A `TextPart` for each source (InstructUE, section 3), and one, number 0, for texts that are of no source.
 
-    def __init__(self, sources: int, text_dim: int, width: int):
+    Where text vectors end in `words` numbers, an LM's own words (see `WordedTexts`), these are added as they are.
+    """
+
+    def __init__(self, sources: int, text_dim: int, width: int, words: int = 0):
         super().__init__()
-        self.width = width
-        self.parts = nn.ModuleList(TextPart(text_dim, width) for _ in range(1 + sources))
+        self.width, self.words = width, words
+        self.parts = nn.ModuleList(TextPart(text_dim - words, width) for _ in range(1 + sources))
 
     def forward(self, vectors: torch.Tensor, source: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., text_dim]`, and source indices `[...]` or none -> `[..., d]`."""
-        if source is None:
-            return self.parts[0](vectors)
+        vectors, words = vectors.split([vectors.shape[-1] - self.words, self.words], dim=-1)
         made = vectors.new_zeros(*vectors.shape[:-1], self.width)
-        for number in source.unique().tolist():
-            at = source == number
+        for number in [0] if source is None else source.unique().tolist():
+            at = slice(None) if source is None else source == number
             made[at] = self.parts[number](vectors[at])
-        return made
+        return made + words if self.words else made
 
 
 class TabularPart(nn.Module):
@@ -60,11 +62,13 @@ class TabularPart(nn.Module):
 class EventEncoder(nn.Module):
     """Sum of the parts; a part that an event does not have adds nothing."""
 
-    def __init__(self, vocabulary: Vocabulary, text_dim: int, config: EncoderConfig):
+    def __init__(self, vocabulary: Vocabulary, text_dim: int, config: EncoderConfig, words: int = 0):
+        """`words`: how many of the last numbers of a text vector are an LM's own words; see `SourceTexts`."""
         super().__init__()
         width, shape = config.width, (text_dim, config.width)
         self.config = config
-        self.text = SourceTexts(len(vocabulary.sources), *shape) if config.source_adapters else TextPart(*shape)
+        apart = config.source_adapters or words
+        self.text = SourceTexts(len(vocabulary.sources), *shape, words) if apart else TextPart(*shape)
         self.item = nn.Embedding(len(vocabulary.items) + 1, width, padding_idx=0)
         self.tabular = TabularPart(len(vocabulary.columns), len(vocabulary.categories), width)
         self.source = nn.Embedding(len(vocabulary.sources) + 1, width, padding_idx=0)

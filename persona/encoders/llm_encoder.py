@@ -1,10 +1,11 @@
 """`LLMUserEncoder`: a `UserEncoder` whose backbone and head are one small causal LM (InstructUE, arXiv 2510.11016).
 
-The LM reads a start vector, the event vectors in order of time, the instruction's words, the items that it names, and K
-learned user positions, whose states are the user tokens. Since the instruction comes last, what the LM keeps of a
-history (its key-value cache) serves every instruction; since attention is causal, every prefix of the K tokens is what
-a smaller K would have made, and an event is appended for its own price. The paper groups events by source; here each
-event says what source it is of, so that new events always come last.
+The LM reads a start vector, the event vectors in order of time, the instruction's words, the items that it names, what
+its chat template has between a question and its answer, and K learned user positions, whose states are the user tokens.
+Since the instruction comes last, what the LM keeps of a history (its key-value cache) serves every instruction; since
+attention is causal, every prefix of the K tokens is what a smaller K would have made, and an event is appended for its
+own price. The paper groups events by source; here each event says what source it is of, so that new events always come
+last.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from persona.encoders.llm_trunk import LLMTrunk
 from persona.encoders.text import INSTRUCTION_LENGTH, TextEncoder
 from persona.encoders.user_encoder import InstructionState, UserEncoder, UserState, padded, start_times, with_start
 from persona.encoders.vocabulary import Vocabulary
+from persona.encoders.worded import WordedTexts
 from persona.errors import RecipeError
 
 
@@ -28,20 +30,24 @@ class LLMUserEncoder(UserEncoder):
 
     def __init__(self, config: EncoderConfig, vocabulary: Vocabulary, text_encoder: TextEncoder | None = None):
         """Raises `RecipeError` where `config` does not fit the LM, `CheckpointError` for an LM that does not load."""
-        super().__init__(config, vocabulary, text_encoder)
-        scale = self.backbone.some_words().norm(dim=-1).mean() / config.width**0.5
+        trunk = LLMTrunk(config.llm, config.lora_rank)
+        if trunk.width != config.width:
+            raise RecipeError(
+                f"encoder.width is {config.width}, but {config.llm} is {trunk.width} wide: set it to {trunk.width}"
+            )
+        super().__init__(config, vocabulary, WordedTexts(text_encoder or TextEncoder(config.text_encoder), trunk))
+        before, after = (part.detach() for part in trunk.frame)
+        self.register_buffer("_after", after, persistent=False)
+        self.backbone, self.head = trunk, UserPositions(config.tokens, trunk, after[-1:])
+        scale = trunk.some_words().norm(dim=-1).mean() / config.width**0.5
         self.register_buffer("scale", scale, persistent=False)  # of the LM's input; event vectors are normed to 1
         with torch.no_grad():
             self.start.normal_(std=float(scale))
+            if len(before):
+                self.start.copy_(before[-1])
 
     def _build(self, text_dim: int) -> None:
-        self.backbone = LLMTrunk(self.config.llm, self.config.lora_rank)
-        if self.backbone.width != self.config.width:
-            raise RecipeError(
-                f"encoder.width is {self.config.width}, but {self.config.llm} is {self.backbone.width} wide: "
-                f"set it to {self.backbone.width}"
-            )
-        self.head = UserPositions(self.config.tokens, self.backbone)
+        pass  # the trunk is both backbone and head
 
     def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
         """Weights without those of the LM that are never trained."""
@@ -87,7 +93,7 @@ class LLMUserEncoder(UserEncoder):
                 texts = self.text_encoder.vectors([self.vocabulary.item_texts[i - 1] for i in found]).to(own.device)
                 items = self.events.catalogue(texts, torch.tensor(found, device=own.device) - 1)
                 own = torch.cat([own, self.events.norm(items) * self.scale])
-            rows.append(torch.cat([own, self.head.positions]))
+            rows.append(torch.cat([own, self._after, self.head.positions]))
         x, seen = padded([row.flip(0) for row in rows])
         return x.flip(1), seen.flip(1)
 
@@ -119,9 +125,14 @@ class LLMUserEncoder(UserEncoder):
 
 
 class UserPositions(nn.Module):
-    """K learned vectors that stand behind the instruction; the LM's states there are the user tokens."""
+    """K learned vectors that stand behind the instruction; the LM's states there are the user tokens.
 
-    def __init__(self, tokens: int, trunk: LLMTrunk):
+    They begin near the word at which the LM begins to answer, where its chat template says so.
+    """
+
+    def __init__(self, tokens: int, trunk: LLMTrunk, answering: torch.Tensor):
         super().__init__()
         words = trunk.some_words()
-        self.positions = nn.Parameter(words.mean(0) + torch.randn(tokens, words.shape[1]) * words.std())
+        first = answering[0] if len(answering) else words.mean(0)
+        noise = torch.randn(tokens, words.shape[1]) * words.std()
+        self.positions = nn.Parameter(first + noise * (0.3 if len(answering) else 1.0))

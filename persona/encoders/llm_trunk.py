@@ -17,6 +17,10 @@ from persona.errors import CheckpointError, MissingExtraError, RecipeError
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+_SAID = "\u2063said\u2063"
+"""Stands for what a user says while a chat template is cut in two."""
+
+
 class LLMTrunk(nn.Module):
     """The decoder of a Hugging Face causal LM, without its LM head, with LoRA or trained whole."""
 
@@ -92,6 +96,16 @@ class LLMTrunk(nn.Module):
         )
         made = torch.stack([torch.stack([layer.keys, layer.values]) for layer in kept.layers])
         return out.last_hidden_state, made
+
+    @property
+    def frame(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The words of the LM's chat template before and after what a user says, `[T, d]` each; none without one."""
+        if not self.tokenizer.chat_template:
+            return tuple(self.words(["", ""]))
+        said = [{"role": "user", "content": _SAID}]
+        text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        before, _, after = text.partition(_SAID)
+        return tuple(self.words([before, after]))
 
     def words(self, texts: Sequence[str], *, end: bool = False) -> list[torch.Tensor]:
         """Embeddings `[T, d]` of each text's tokens, with the end token after them if asked."""

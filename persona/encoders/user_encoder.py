@@ -92,7 +92,7 @@ class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
         object.__setattr__(self, "text_encoder", text_encoder or TextEncoder(config.text_encoder))
         dim = self.text_encoder.dim
         self.mentions = Mentions(vocabulary.item_texts if config.mentions else ())
-        self.events = EventEncoder(vocabulary, dim, config)
+        self.events = EventEncoder(vocabulary, dim, config, self.text_encoder.words)
         self.start = nn.Parameter(torch.randn(config.width) * 0.3)
         self._build(dim)
 

@@ -75,7 +75,14 @@ class PersonalizedLM(SoftPromptLM):
         self.encoder = encoder
         width = llm.get_input_embeddings().weight.shape[1]
         norm = mean_row_norm(llm) if row_norm is None else row_norm
-        self.projector = Projector(encoder.config.width, width, norm, linear=encoder.config.head == "linear")
+        own = encoder.config
+        self.projector = Projector(
+            own.width,
+            width,
+            norm,
+            linear=own.head == "linear",
+            residual=own.backbone == "llm" and own.width == width,  # the trunk's states are near the LLM's own words
+        )
         name = base_model or getattr(llm.config, "_name_or_path", "")
         every = 0 if self.cross_attention is None else cross_every
         self.adapter = AdapterConfig(

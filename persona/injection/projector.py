@@ -12,8 +12,10 @@ class Projector(nn.Module):
     The scale is measured on the LLM, never a constant: PPlug's published 539.97 is FlanT5-XXL's (arXiv 2409.11901).
     """
 
-    def __init__(self, width: int, llm_width: int, row_norm: float, *, linear: bool = False):
+    def __init__(self, width: int, llm_width: int, row_norm: float, *, linear: bool = False, residual: bool = False):
+        """`residual` adds the tokens themselves to what the MLP makes of them: for tokens that are an LLM's states."""
         super().__init__()
+        self.residual = residual
         layers = (
             [nn.Linear(width, llm_width)]
             if linear
@@ -25,7 +27,8 @@ class Projector(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """User tokens `[..., d]` -> soft prompt rows `[..., llm_width]`; no row is ever zero."""
-        rows = nn.functional.normalize(self.mlp(tokens).float(), dim=-1)
+        made = self.mlp(tokens) + tokens if self.residual else self.mlp(tokens)
+        rows = nn.functional.normalize(made.float(), dim=-1)
         return rows * self.row_norm * self.log_gain.exp()
 
 

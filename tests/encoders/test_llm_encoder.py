@@ -166,3 +166,32 @@ def test_bad_extensions_are_refused(encoder, shop_histories):
         encoder.extend(state, [Event("search", 1.0, text="x")])
     with pytest.raises(EventError, match="1 to 4 tokens"):
         encoder.tokens([state], [ASK], 5)
+
+
+def test_the_lm_reads_the_words_of_events(encoder, text_encoder):
+    """Two texts of the same words are alike in what is added to the adapters' output; the empty text adds nothing."""
+    texts = encoder.text_encoder
+    assert texts.dim == text_encoder.dim + 64 == texts.vectors(["x"]).shape[1]
+    one, other, empty, again = texts.vectors(["garden music", "music", "", "garden music"])[:, -64:]
+    assert torch.equal(one, again) and not empty.any() and not close(one, other)
+    assert one.square().mean() == pytest.approx(1, abs=1e-4)
+    words = encoder.backbone.words(["music"])[0].mean(0)
+    assert torch.nn.functional.cosine_similarity(words, other, dim=0) == pytest.approx(1, abs=1e-5)
+    texts.forget(["music"])
+    assert torch.equal(texts.vectors(["music"])[0, -64:], other) and texts.vectors([]).shape == (0, texts.dim)
+
+
+def test_the_instruction_stands_in_the_lms_chat_template(encoder, config, vocabulary, text_encoder, tmp_path):
+    before, after = (len(part) for part in encoder.backbone.frame)
+    rendered = encoder.backbone.tokenizer.apply_chat_template(
+        [{"role": "user", "content": ASK}], add_generation_prompt=True, return_dict=False
+    )
+    asked, seen = encoder._asked([ASK, "Which app does this user open most of all the apps?"])
+    assert before + int(seen[0].sum()) == len(rendered) + config.tokens and after > 0
+    assert not seen[0, 0] and seen[:, -1].all()
+    plain = tmp_path / "plain"
+    shutil.copytree(config.llm, plain)
+    (plain / "chat_template.jinja").unlink()
+    bare = make_encoder(replace(config, llm=str(plain)), vocabulary, text_encoder)
+    assert [len(part) for part in bare.backbone.frame] == [0, 0]
+    assert bare.tokens(bare.read([History("u")]), [ASK])[0].tokens.isfinite().all()

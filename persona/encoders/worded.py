@@ -1,0 +1,66 @@
+"""`WordedTexts`: text vectors with an LM's own reading of the text behind them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from cachetools import LRUCache
+
+from persona.encoders.llm_trunk import LLMTrunk
+from persona.encoders.text import TextEncoder
+
+
+class WordedTexts:
+    """A `TextEncoder` whose vectors end in the mean of a trunk's word embeddings over the text, scaled to a mean square
+    of 1: a trunk that only knows words then understands an event before its adapters have learned to say it.
+    """
+
+    def __init__(self, texts: TextEncoder, trunk: LLMTrunk, cache_size: int = 200_000):
+        self.texts, self.words = texts, trunk.width
+        self._trunk = trunk
+        self._lock = threading.Lock()
+        self._cache: LRUCache[str, torch.Tensor] = LRUCache(cache_size)
+
+    @property
+    def name(self) -> str:
+        """Of the text encoder."""
+        return self.texts.name
+
+    @property
+    def dim(self) -> int:
+        """Width of a vector: the text encoder's, and the trunk's."""
+        return self.texts.dim + self.words
+
+    @torch.no_grad()
+    def vectors(self, texts: Sequence[str]) -> torch.Tensor:
+        """Vectors `[len(texts), dim]` on the CPU; the empty text is the zero vector."""
+        with self._lock:
+            found = {t: self._cache[t] for t in texts if t in self._cache}
+        missing = [t for t in dict.fromkeys(texts) if t and t not in found]
+        if missing:
+            made = {t: _mean(w).cpu() for t, w in zip(missing, self._trunk.words(missing))}
+            with self._lock:
+                self._cache.update(made)
+            found |= made
+        nothing = torch.zeros(self.words)
+        words = torch.stack([found.get(t, nothing) for t in texts]) if texts else torch.zeros(0, self.words)
+        return torch.cat([self.texts.vectors(texts), words], dim=1)
+
+    def states_of(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """See `TextEncoder`."""
+        return self.texts.states_of(texts)
+
+    def forget(self, texts: Sequence[str]) -> None:
+        """See `TextEncoder`."""
+        with self._lock:
+            for text in texts:
+                self._cache.pop(text, None)
+        self.texts.forget(texts)
+
+
+def _mean(words: torch.Tensor) -> torch.Tensor:
+    """Mean of `[T, d]`, scaled to a mean square of 1; zero of nothing."""
+    mean = words.float().mean(0) if len(words) else words.new_zeros(words.shape[1])
+    return mean / mean.square().mean().sqrt().clamp(min=1e-6)
