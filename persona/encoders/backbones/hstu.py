@@ -121,31 +121,41 @@ class Block(nn.Module):
         attended = []
         for part, (distance, bucket) in zip(q.split(CHUNK, dim=1), places):
             stop = distance.shape[1]
-            bias = Lookup.apply(self.time_bias, bucket) + Lookup.apply(positions, distance)[:, None]  # [h, B, Q, K]
-            scores = torch.baddbmm(bias.flatten(0, 1), part, k[:, :stop].mT)
-            attended.append(F.silu(scores) @ v[:, :stop])
+            bias = Bias.apply(positions, self.time_bias, distance, bucket).to(part.dtype)  # [h, B, Q, K]
+            scores = bias.flatten(0, 1).baddbmm_(part, k[:, :stop].mT)
+            attended.append(F.silu(scores, inplace=not scores.requires_grad) @ v[:, :stop])
         return torch.cat(attended, dim=1) / counts
 
 
-class Lookup(torch.autograd.Function):
-    """Entries of a table `[h, S]` at indices `[...]`, `[h, ...]`. PyTorch's own gradient of this is far slower."""
+class Bias(torch.autograd.Function):
+    """Sums `[h, B, Q, K]` of `positions` `[h, S]` at `distance` `[Q, K]` and `times` `[h, T]` at `bucket` `[B, Q, K]`.
+
+    PyTorch's own gradient of a lookup is far slower.
+    """
 
     @staticmethod
-    def forward(ctx, table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """The entries."""
-        ctx.save_for_backward(index)
-        ctx.size = table.shape[1]
-        flat = index.flatten()
-        return torch.stack([row.index_select(0, flat) for row in table]).view(len(table), *index.shape)
+    def forward(
+        ctx, positions: torch.Tensor, times: torch.Tensor, distance: torch.Tensor, bucket: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum, in memory that the caller may overwrite."""
+        ctx.save_for_backward(distance, bucket)
+        ctx.sizes = positions.shape[1], times.shape[1]
+        bias, flat = times.new_empty(len(times), *bucket.shape), bucket.flatten()
+        for head, near, far in zip(bias, positions, times):
+            torch.index_select(far, 0, flat, out=head.view(-1))
+            head += near.index_select(0, distance.flatten()).view_as(distance)
+        return bias
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         """The sum of the gradients of each entry."""
-        flat = ctx.saved_tensors[0].flatten()
-        return torch.stack([torch.bincount(flat, g.flatten(), ctx.size) for g in grad]).to(grad.dtype), None
+        distance, bucket = (index.flatten() for index in ctx.saved_tensors)
+        positions = [torch.bincount(distance, g.flatten(), ctx.sizes[0]) for g in grad.sum(1)]
+        times = [torch.bincount(bucket, g.flatten(), ctx.sizes[1]) for g in grad]
+        return torch.stack(positions).to(grad.dtype), torch.stack(times).to(grad.dtype), None, None
 
 
 def time_buckets(seconds: torch.Tensor) -> torch.Tensor:
     """Differences in seconds as indices of half octaves: a float's bits, cut after the first of its fraction."""
-    return (seconds.abs_().clamp_(1, 2**31).float().view(torch.int32) >> 22) - (127 << 1)
+    return seconds.float().abs_().clamp_(1, 2**31).view(torch.int32).bitwise_right_shift_(22).sub_(127 << 1)
