@@ -12,7 +12,7 @@ def test_help_is_fast_to_import_and_names_the_verbs():
     code = "import sys, persona.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     done = subprocess.run([sys.executable, "-m", "persona.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
-    for verb in ("data", "lm", "train", "bench", "demo", "serve", "export"):
+    for verb in ("data", "lm", "train", "bench", "demo", "serve", "export", "embed"):
         assert verb in done.stdout
 
 

@@ -44,7 +44,8 @@ def main() -> None:
                 replace_section(DETAILS, f"instruct-{name}", table(result))
         if "noise" in result["results"] and domain == "demo":
             plot(result, RESULTS / "instruct-noise.png")
-        replace_section(README, f"instruct-{domain}", "\n\n".join((objectives(result), made(result))))
+        if domain == "demo":
+            replace_section(README, "instruct-demo", "\n\n".join((objectives(result), made(result))))
     cost = RESULTS / "instruct-cost.json"
     if cost.exists():
         replace_section(DETAILS, "instruct-cost", costs(json.loads(cost.read_text(encoding="utf-8"))))

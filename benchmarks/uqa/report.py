@@ -9,10 +9,12 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from injection import injections
 from report_rows import commands, head
 
 from persona.evaluation.report import cell, label, replace_section
+from persona.evaluation.uqa.table import summary
 from persona.evaluation.uqa.tasks import DIMENSIONS
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +34,7 @@ def main() -> None:
     replace_section(details, "uqa-tasks", table(baselines, runs, TASKS))
     replace_section(details, "uqa-paired", paired(runs))
     replace_section(details, "uqa-lengths", lengths(runs))
+    replace_section(details, "uqa-changed", changed(runs))
     replace_section(details, "injection", injections(every, baselines))
     replace_section(readme, "injection", injections(every, baselines, short=True))
     replace_section(readme, "uqa", table(baselines, repeated(runs) or runs[:2]))
@@ -90,6 +93,32 @@ def paired(runs: list[dict]) -> str:
             cells = [cell(row.get(column), signed=True) for column in columns]
             lines.append(f"| {run['name']} minus {label(other)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def changed(runs: list[dict]) -> str:
+    """Runs with one thing changed beside the run without the change, and the difference user by user."""
+    plain = {_kind(run): run for run in runs if not run["config"]["run"]["label"]}
+    columns = [*DIMENSIONS, "next_item", "mean"]
+    lines = [head(["", "backbone parameters", *columns])]
+    for run in runs:
+        other = plain.get(_kind(run))
+        if not run["config"]["run"]["label"] or other is None:
+            continue
+        most = f"soft_k{run['config']['tokens']}"
+        left, right = (np.array(r["per_user"][most], float) for r in (other, run))
+        rows = [(other["name"], other, ours(other)), (run["name"], run, ours(run))]
+        for title, of, row in rows:
+            cells = " | ".join(cell(row.get(column)) for column in columns)
+            lines.append(f"| {title} | {of['config']['backbone_parameters']:,} | {cells} |")
+        difference = summary(left - right, list(run["n"]["answers"]))
+        cells = " | ".join(cell(difference.get(column), signed=True) for column in columns)
+        lines.append(f"| {other['name']} minus {run['name']} | | {cells} |")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _kind(run: dict) -> tuple:
+    own = run["config"]["run"]
+    return own["backbone"], own["head"], own["seed"]
 
 
 def lengths(runs: list[dict]) -> str:
