@@ -10,11 +10,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_quickstart_runs_and_personalises(tmp_path):
+NO_ENGINE = """
+import sys
+from persona import wrap
+try: wrap(7)
+except ValueError: pass
+assert not {"openai", "vllm"} & set(sys.modules), sys.modules.keys()
+"""
+"""What is asked after the quickstart, in its process: whether an engine was loaded for it."""
+
+
+def test_the_quickstart_runs_and_personalises_and_loads_no_engine(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = re.search(r"<!-- quickstart -->\n```python\n(.*?)```\n<!-- quickstart -->", text, re.S)[1]
     (tmp_path / "adapters").symlink_to(ROOT / "adapters")
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code + NO_ENGINE], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     known, unknown = run.stdout.strip().split("\n")
     assert "text='music'" in known and "personalized=True" in known

@@ -40,13 +40,14 @@ TOKENS, DIMS = (1, 2, 4, 8), (16, 32, 64, 128, 192)
 
 
 def variants(recipe: Recipe) -> dict[str, Recipe]:
-    """The same encoder trained by both objectives, by one of them, and by neither; and a resampler by both."""
+    """The encoder trained by both objectives, by one of them, by neither, without instructions; a resampler by both."""
     training, encoder = recipe.training, recipe.encoder
     resampler = replace(encoder, backbone="transformer", head="resampler", layers=2)
     weights = {
         "contrastive": {"answer_weight": 0.0},
         "autoregressive": {"contrastive_weight": 0.0},
         "next_item": {"answer_weight": 0.0, "contrastive_weight": 0.0, "next_item_weight": 1.0},
+        "no_instruction": {"empty_share": 1.0},
     }
     changed = {name: replace(recipe, training=replace(training, **own)) for name, own in weights.items()}
     return {"both": recipe, **changed, "resampler": replace(recipe, encoder=resampler)}
@@ -140,7 +141,7 @@ class Bench:
         return {"rows": _listed(rows), "probes": {"mean text embeddings": probes}}
 
     def noise(self) -> dict:
-        """Irrelevant events: those of other users, of sources that the questions asked here are not about.
+        """Other users' events of some sources, mixed into each history; the questions are about other sources.
 
         Probes are fitted on training users without noise, and on as many events of each.
         """
@@ -220,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
 def write(args: argparse.Namespace, bench: Bench, tables: Mapping[str, dict], probes: dict) -> None:
     """Means over users with intervals, and the differences that are claimed, user by user."""
     asked = bench.asked
-    noisy = asked.tasks if not args.noise else asked.about(set(bench.domain.recipe.sources) - set(args.noise))
+    noisy = asked.about(set(args.about)) if args.about else asked.tasks
     result = {
         "name": args.result.stem,
         "kind": "instruct",
@@ -233,6 +234,7 @@ def write(args: argparse.Namespace, bench: Bench, tables: Mapping[str, dict], pr
             f"{a} - {b}": difference(tables, a, b, asked, noisy if a.startswith("noise") else None)
             for a, b in claims(tables)
         },
+        "robustness": robustness(tables.get("noise", {}), asked, noisy),
         "training": {
             name: json.loads((bench.out / name / "training.json").read_text())
             for name in args.variants
@@ -262,17 +264,39 @@ def claims(tables: Mapping[str, dict]) -> Iterator[tuple[str, str]]:
             for other in ("empty", "wrong", "another user's"):
                 if f"{way}, right" in rows and f"{way}, {other}" in rows:
                     yield f"{name}: {way}, right", f"{name}: {way}, {other}"
-    for other in ("contrastive", "autoregressive", "next_item", "resampler"):
+    for other in ("contrastive", "autoregressive", "next_item", "no_instruction", "resampler"):
         for way in ("llm", "similarity", "probe"):
             row = f"{way}, right"
             if row in tables.get("both", {}) and row in tables.get(other, {}):
-                yield f"both: {row}", f"{other}: {row}"
+                # what was trained without instructions is asked without
+                yield f"both: {row}", f"{other}: {f'{way}, empty' if other == 'no_instruction' else row}"
     for row in tables.get("controls", {}):
         yield f"both: {'probe' if row.startswith('probe') else 'llm'}, right", f"controls: {row}"
     for row in tables.get("noise", {}):
         share, way = row.split(": ")
         if share != "0%":
             yield f"noise: {row}", f"noise: 0%: {way}"
+
+
+def robustness(rows: Mapping[str, np.ndarray], asked: Instructed, only: Sequence[str]) -> dict:
+    """By how much less the right instruction loses to noise than the same way of reading it without one, by user."""
+    result = {}
+    for share in dict.fromkeys(name.split(": ")[0] for name in rows):
+        if share == "0%":
+            continue
+
+        def lost(way: str, share=share) -> np.ndarray:
+            return rows[f"{share}: {way}"] - rows[f"0%: {way}"]
+
+        for way, others in {
+            "llm": ("llm, empty", "text in the prompt"),
+            "similarity": ("similarity, empty",),
+            "probe": ("probe, empty", "probe of mean text embeddings"),
+        }.items():
+            for other in others:
+                gained = lost(f"{way}, right") - lost(other)
+                result[f"{share}: {way}, right - {other}"] = summary(gained, asked, only)["mean"]
+    return result
 
 
 def difference(
@@ -314,12 +338,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--set", dest="change", nargs="+", default=[], help="fields of the recipe to change")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--probe-users", type=int, default=300, help="training users that probes are fitted on")
-    parser.add_argument("--noise", nargs="*", default=[], help="sources that irrelevant events are drawn from")
+    parser.add_argument("--noise", nargs="*", default=[], help="sources that other users' events are mixed in from")
+    parser.add_argument("--about", nargs="*", default=[], help="sources whose questions are asked under noise")
     parser.add_argument("--variants", nargs="+", default=[*DEFAULT])
     return parser.parse_args()
 
 
-DEFAULT = ("both", "contrastive", "autoregressive", "next_item", "resampler", "learned_prompt")
+DEFAULT = ("both", "contrastive", "autoregressive", "next_item", "no_instruction", "resampler", "learned_prompt")
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -41,7 +41,7 @@ class SourceTexts(nn.Module):
         made = vectors.new_zeros(*vectors.shape[:-1], self.width)
         for number in [0] if source is None else source.unique().tolist():
             at = slice(None) if source is None else source == number
-            made[at] = self.parts[number](vectors[at])
+            made[at] = self.parts[number](vectors[at]).to(made)  # autocast gives bf16
         return made + words if self.words else made
 
 

@@ -34,10 +34,7 @@ Answers = list[dict[str, float]]
 
 
 class Instructed:
-    """Test users' questions, and the training users' that probes are fitted on.
-
-    `change` is done to every test history before it is encoded (noise, a source less); the questions stay the same.
-    """
+    """Test users' questions, and the training users' that probes are fitted on."""
 
     def __init__(self, domain: Domain, *, part: str = "test", probe_users: int = 1000, seed: int = 0):
         self.domain, self.seed = domain, seed
@@ -47,18 +44,19 @@ class Instructed:
         """Yes or no says nothing without its question, so it has no embedding."""
         self.probed = [name for name in self.tasks if domain.recipe.questions[name].choices is None]
         """Tasks whose answers are few enough for a probe's classes."""
+        self._wrong = {id(sample): self._others(sample) for sample in (self.sample, self.training)}
 
     def histories(self, change: Callable[[History], History] | None = None) -> list[History]:
-        """What is encoded for each cut of the test users."""
+        """What is encoded for each cut of the test users: the history, or what `change` makes of it."""
         return [change(cut.history) if change else cut.history for cut in self.sample.cuts]
 
     def instruction(self, sample: Sample, asked, kind: Kind) -> str:
         """What the encoder is told for a question: its own text, nothing, or the text of the next task's question."""
         if kind != "right":
-            return "" if kind == "empty" else self._wrong(sample)[asked.cut, asked.question.task]
+            return "" if kind == "empty" else self._wrong[id(sample)][asked.cut, asked.question.task]
         return asked.question.prompt
 
-    def _wrong(self, sample: Sample) -> dict[tuple[int, str], str]:
+    def _others(self, sample: Sample) -> dict[tuple[int, str], str]:
         specs = self.domain.recipe.questions
         found: dict[int, dict[str, str]] = {}
         for asked in sample.asked:

@@ -100,7 +100,8 @@ class TrainingConfig:
     next_item_weight: float = 0.2
     """Weight of the next-item loss on the backbone's states beside the answer loss; 0 turns it off."""
     empty_share: float = 0.0
-    """Share of instructions that the encoder is not given, so that an empty one makes a general embedding."""
+    """Share of instructions that the encoder is not given, so that an empty one makes a general embedding; 1 trains
+    embeddings without instructions."""
     drop_sources: float = 0.0
     """Share of training histories that lose one to all but one of their sources, so that missing ones are no harm."""
     short_share: float = 0.25
@@ -120,8 +121,8 @@ class TrainingConfig:
             raise ValueError(f"answer, contrastive and next-item weights are {weights}: none negative, one above 0")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
-        if not (0 <= self.empty_share < 1 and 0 <= self.drop_sources < 1):
-            raise ValueError("empty_share and drop_sources are shares from 0 to below 1")
+        if not (0 <= self.empty_share <= 1 and 0 <= self.drop_sources < 1):
+            raise ValueError("empty_share and drop_sources are shares, the second below 1")
         if min(self.contrastive_dims, default=1) < 1 or self.contrastive_chunk < 0:
             raise ValueError("contrastive_dims must be above 0, and contrastive_chunk not negative")
 

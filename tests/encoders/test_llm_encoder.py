@@ -186,7 +186,7 @@ def test_the_instruction_stands_in_the_lms_chat_template(encoder, config, vocabu
     rendered = encoder.backbone.tokenizer.apply_chat_template(
         [{"role": "user", "content": ASK}], add_generation_prompt=True, return_dict=False
     )
-    asked, seen = encoder._asked([ASK, "Which app does this user open most of all the apps?"])
+    _, seen = encoder._asked([ASK, "Which app does this user open most of all the apps?"])
     assert before + int(seen[0].sum()) == len(rendered) + config.tokens and after > 0
     assert not seen[0, 0] and seen[:, -1].all()
     plain = tmp_path / "plain"

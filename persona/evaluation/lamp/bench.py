@@ -177,7 +177,7 @@ class LampBench:
         write_trained_on(self.domain.fingerprints("train"), folder)  # first, so that no finished weights are without
         options = {}
         if method.model == "ours":
-            options["next_item_weight"] = 0.0 if method.profile == "none" else config.next_item_weight
+            options["objectives"] = replace(config, next_item_weight=0.0) if method.profile == "none" else config
         fit(
             {"ours": PersonaTrainer, "pplug": PPlugTrainer}.get(method.model, AdapterTrainer),
             model,

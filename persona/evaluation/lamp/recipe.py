@@ -141,6 +141,8 @@ class LampRecipe:
     def __post_init__(self):
         if self.task not in TASKS:
             raise ValueError(f"task {self.task!r} is none of {', '.join(TASKS)}")
+        if self.training.contrastive_weight or not self.training.answer_weight:
+            raise ValueError("training: methods on LaMP are trained by the answer loss; leave the weights of others")
         if self.official:
             if self.sources or self.readers or self.source or self.fields:
                 raise ValueError("official files need no sources, readers, source and fields; leave them out")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from persona.errors import DataError, PersonaError
+from persona.evaluation.intervals import interval
 from persona.evaluation.lamp.bench import LampBench
 from persona.evaluation.lamp.domain import LampDomain
 from persona.evaluation.lamp.files import official_paths, read_predictions
@@ -48,6 +50,14 @@ training: {steps: 2, histories_per_step: 2, questions_per_history: 2, warmup_ste
 lm: {vocab_size: 500, hidden_size: 64, layers: 1, context: 256, rows_per_step: 2, steps: 2}
 """
 WORDS = ["bees", "cook", "rain", "war", "goat", "train", "hill", "bear", "quiet", "long", "cheap", "oven"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples():
+    """Intervals of 200 resamples, not 2,000, in which a good part of these tests' time would go."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("persona.evaluation.lamp.table.interval", partial(interval, n=200))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from persona.demo.shop import generate_shop
 from persona.encoders import EncoderConfig
 from persona.errors import DataError, PersonaError, RecipeError
+from persona.evaluation.intervals import interval
 from persona.evaluation.uqa.run import run_uqa
 from persona.evaluation.uqa.stages import UQA, Run
 from persona.evaluation.uqa.table import Table
@@ -33,6 +35,14 @@ QUESTIONS = {
     "short_term_interest": QuestionSpec("top_attribute", prompt="Category lately?", last=4, **BUY),
     "interest_trajectory": QuestionSpec("trajectory", prompt="From where to where?", parts=2, **BUY),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples():
+    """Intervals of 200 resamples, not 2,000, in which most of these tests' time would go."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("persona.evaluation.uqa.table.interval", partial(interval, n=200))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,15 @@
-"""Real servers: stock vLLM with our middleware, a plain one, and a gateway in front of that; one of each a session."""
+"""Real servers: stock vLLM with our middleware and a plain port, a plain one, a gateway; one of each a session."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -19,7 +22,8 @@ from persona.serving.server.config import ServerConfig
 from persona.serving.server.launch import command
 from persona.training.recipe import Domain, load_recipe
 
-ROOT = Path(__file__).parents[3]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
 ADAPTER, LLM = (str(ROOT / "adapters" / "demo" / name) for name in ("weights", "lm"))
 FLAGS = ["--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "512"]
 FLAGS += ["--kv-cache-memory-bytes", str(64 * 2**20)]
@@ -86,9 +90,40 @@ def serve_command(*arguments):
     return ["-m", "persona.cli", "serve", "--adapter", ADAPTER, *arguments]
 
 
+@cache
+def own_folder():
+    """Where the servers' store and logs are."""
+    return Path(tempfile.mkdtemp(prefix="persona-served-"))
+
+
+@cache
+def both_ports():
+    """Starts one vLLM with two ports: our middleware is in front of the first, and nothing in front of the second."""
+    port, store = free_port(), f"sqlite:///{own_folder() / 'events.db'}"
+    found = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    argv = serve_command("--store", store, "--budget-ms", "30000", *FLAGS, "--middleware", "door.PlainDoor")
+    environment = {"PYTHONPATH": found, "PLAIN_PORT": str(port)}
+    served = launch(argv, own_folder() / "plug-in.log", environment=environment)
+    return served, Server(served.process, f"http://127.0.0.1:{port}", served.log)
+
+
+def pytest_collection_finish(session):
+    """Starts it ahead of all tests if one here will ask it: start-up takes 80 seconds of one core, idling none."""
+    asked = {name for item in session.items if item.path.parent == HERE for name in item.fixturenames}
+    if "served" in asked and not session.config.option.collectonly:
+        both_ports()
+
+
+def pytest_sessionfinish():
+    if both_ports.cache_info().currsize:
+        both_ports()[0].kill()
+    if own_folder.cache_info().currsize:
+        shutil.rmtree(own_folder())
+
+
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("served")
+def folder():
+    return own_folder()
 
 
 @pytest.fixture(scope="session")
@@ -111,30 +146,25 @@ def database(folder, histories):
 
 
 @pytest.fixture(scope="session")
-def both(folder, database):
-    """The plug-in server and a plain vLLM, started at the same time."""
-    plug_in = launch(
-        serve_command("--store", f"sqlite:///{database}", "--budget-ms", "30000", *FLAGS), folder / "plug-in.log"
-    )
+def served(database):
+    """Stock vLLM with our middleware."""
+    return ready(both_ports()[0])
+
+
+@pytest.fixture(scope="session")
+def door(served):
+    """The same vLLM past our middleware."""
+    return ready(both_ports()[1])
+
+
+@pytest.fixture(scope="session")
+def plain(folder):
+    """Stock vLLM in a process without our middleware."""
     argv, environment = command(ServerConfig(adapter=ADAPTER), FLAGS, {})
     argv = argv[1 : argv.index("--middleware")]
     at = argv.index("--port")
-    plain = launch([*argv[:at], *argv[at + 2 :]], folder / "plain.log", environment=environment)
-    yield plug_in, plain
-    for server in (plug_in, plain):
-        server.kill()
-
-
-@pytest.fixture(scope="session")
-def served(both):
-    """Stock vLLM with our middleware."""
-    return ready(both[0])
-
-
-@pytest.fixture(scope="session")
-def plain(both):
-    """Stock vLLM without it."""
-    return ready(both[1])
+    with serving([*argv[:at], *argv[at + 2 :]], folder / "plain.log", environment=environment) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

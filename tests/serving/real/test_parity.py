@@ -34,12 +34,16 @@ def expected(persona, cases):
     return answers
 
 
-@pytest.fixture(params=["plug-in", "wrap on plain vLLM", pytest.param("gateway", marks=pytest.mark.slow)])
+WAYS = {"plug-in": "served", "wrap past the plug-in": "door", "wrap on plain vLLM": "plain", "gateway": "gateway"}
+"""The fixture of each way's server. Those of the last two start one more vLLM."""
+
+
+@pytest.fixture(params=[*list(WAYS)[:2], *(pytest.param(way, marks=pytest.mark.slow) for way in list(WAYS)[2:])])
 def ask(request, persona):
     """A client for each way, and how it names the user."""
-    name = {"plug-in": "served", "gateway": "gateway", "wrap on plain vLLM": "plain"}[request.param]
-    client = openai.OpenAI(base_url=request.getfixturevalue(name).url + "/v1", api_key="none", max_retries=0)
-    if name == "plain":
+    server = request.getfixturevalue(WAYS[request.param])
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    if request.param.startswith("wrap"):
         client = wrap(client, persona)
     model = client.models.list().data[0].id
     return lambda resource, **body: resource(client).with_raw_response.create(

@@ -169,13 +169,23 @@ def test_wrong_options_of_ours_are_refused(arguments, why, monkeypatch):
     assert isinstance(result.exception, PersonaError) and why in str(result.exception)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [(["--adapter", "nowhere"], "nowhere"), (["--adapter", ADAPTER, "--enable-lora"], "--lora-target-modules")],
-)
-def test_the_console_script_says_in_one_line_why_it_does_not_start(arguments, why):
-    ran = subprocess.run(
-        [sys.executable, "-m", "persona.cli", "serve", *arguments], capture_output=True, text=True, cwd=ROOT
-    )
+NOWHERE = (["--adapter", "nowhere"], "nowhere")
+LORA = (["--adapter", ADAPTER, "--enable-lora"], "--lora-target-modules")
+
+
+def check_refusal(ran, why):
+    """One line on the standard error, and nothing else."""
     assert ran.returncode == 1 and ran.stdout == ""
     assert ran.stderr.startswith("persona: ") and why in ran.stderr and len(ran.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("arguments", "why"), [NOWHERE, LORA])
+def test_the_verb_says_in_one_line_why_it_does_not_start(run, monkeypatch, arguments, why):
+    monkeypatch.setattr("os.execve", lambda *started: pytest.fail("vLLM would have taken this process's place"))
+    check_refusal(run("serve", *arguments), why)
+
+
+@pytest.mark.parametrize(("arguments", "why"), [NOWHERE, pytest.param(*LORA, marks=pytest.mark.slow)])
+def test_the_console_script_says_in_one_line_why_it_does_not_start(arguments, why):
+    command = [sys.executable, "-m", "persona.cli", "serve", *arguments]
+    check_refusal(subprocess.run(command, capture_output=True, text=True, cwd=ROOT), why)

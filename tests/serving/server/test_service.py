@@ -67,7 +67,7 @@ def test_an_encoding_reads_no_weights_of_the_llm_but_its_embeddings(environment)
         ("SECRET_FILE", "/no/such/secret", "/no/such/secret cannot be read"),
         ("BUDGET_MS", "-1", "PERSONA_BUDGET_MS"),
         ("JWT_KEY", "short", "32 or more"),
-        ("DEVICE", "warp-drive", "warp-drive"),
+        pytest.param("DEVICE", "warp-drive", "warp-drive", marks=pytest.mark.slow),  # test_process asks the process
     ],
 )
 def test_a_server_that_cannot_start_says_why(environment, vllm, name, value, message):

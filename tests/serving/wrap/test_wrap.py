@@ -90,6 +90,7 @@ def test_what_cannot_be_wrapped(persona):
         wrap(str.upper, persona)("x", user_id="")
 
 
+@pytest.mark.slow  # tests/test_readme.py asks the same after the quickstart
 def test_importing_and_wrapping_load_no_engine():
     code = (
         "import sys, persona; wrap = persona.wrap\n"
