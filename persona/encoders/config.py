@@ -21,6 +21,8 @@ class EncoderConfig:
     that reads the instruction, too, and makes the tokens itself (`LLMUserEncoder`)."""
     llm: str = ""
     """backbone llm: Hugging Face name or folder of the LM; empty in a recipe: the LLM that the adapter is for."""
+    llm_sha256: str = ""
+    """backbone llm: of the LM's word embeddings, in a saved encoder, so that a rebuilt LM is not taken for this one."""
     lora_rank: int = 16
     """backbone llm: rank of the LoRA by which the LM is trained; 0 trains all of it but its word embeddings."""
     source_adapters: bool = False
@@ -57,7 +59,7 @@ class EncoderConfig:
         for name in ("width", "heads", "layers", "resampler_layers", "tokens", "max_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.width % self.heads or (self.width // self.heads) % 2:
+        if self.backbone != "llm" and (self.width % self.heads or (self.width // self.heads) % 2):
             raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
         for name in ("inner", "lora_rank"):
             if getattr(self, name) < 0:

@@ -49,18 +49,18 @@ class HubMixin:
         return folder
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, text_encoder=None):
+    def from_pretrained(cls, name_or_path: str | Path, text_encoder=None, llm: str | Path | None = None):
         """Loads from a folder or a hub name, in evaluation mode. Raises `CheckpointError` for anything damaged.
 
-        What is loaded is an `LLMUserEncoder` where the checkpoint is one's.
+        What is loaded is an `LLMUserEncoder` where the checkpoint is one's; `llm` stands for the LM that it names.
         """
         from persona.encoders.factory import make_encoder
 
         folder = resolve(name_or_path)
         config = read_config(EncoderConfig, folder / "config.json")
         vocabulary = read_config(Vocabulary, folder / "vocabulary.json")
-        if config.llm and (folder / config.llm).is_dir():
-            config = replace(config, llm=str((folder / config.llm).resolve()))
+        if config.llm:
+            config = replace(config, llm=str(llm) if llm else llm_path(folder, config.llm))
         try:
             model = make_encoder(config, vocabulary, text_encoder)
         except RecipeError as error:
@@ -79,8 +79,34 @@ class HubMixin:
         load_weights(self, folder / "model.safetensors", without="head.")
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Uploads what `save_pretrained` writes; further arguments go to `HfApi.create_repo`. Returns the URL."""
+        """Uploads what `save_pretrained` writes; further arguments go to `HfApi.create_repo`. Returns the URL.
+
+        Raises `CheckpointError` for an encoder whose LM is a folder, which nobody else would have.
+        """
+        self.check_public()
         return push(self, repo_id, **kwargs)
+
+    def check_public(self) -> None:
+        """Raises `CheckpointError` for an encoder whose LM is a folder of this machine."""
+        if self.config.llm and Path(self.config.llm).is_dir():
+            raise CheckpointError(
+                f"this encoder needs the LM in {self.config.llm}: upload that first, and train with its hub name"
+            )
+
+
+def llm_path(folder: Path, llm: str) -> str:
+    """The LM that an encoder in `folder` names: a folder relative to that one, or a hub name.
+
+    Raises `CheckpointError` for a folder that is not there.
+    """
+    beside = folder / llm
+    if beside.is_dir():
+        return str(beside.resolve())
+    if llm.startswith((".", "/")):
+        raise CheckpointError(
+            f"the encoder in {folder} was trained with the LM at {llm}, which is not there: name it as `llm`"
+        )
+    return llm
 
 
 def push(model, repo_id: str, **kwargs) -> str:

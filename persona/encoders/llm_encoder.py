@@ -11,6 +11,7 @@ last.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from persona.encoders.text import INSTRUCTION_LENGTH, TextEncoder
 from persona.encoders.user_encoder import InstructionState, UserEncoder, UserState, padded, start_times, with_start
 from persona.encoders.vocabulary import Vocabulary
 from persona.encoders.worded import WordedTexts
-from persona.errors import RecipeError
+from persona.errors import CheckpointError, RecipeError
 
 
 class LLMUserEncoder(UserEncoder):
@@ -35,12 +36,21 @@ class LLMUserEncoder(UserEncoder):
             raise RecipeError(
                 f"encoder.width is {config.width}, but {config.llm} is {trunk.width} wide: set it to {trunk.width}"
             )
-        super().__init__(config, vocabulary, WordedTexts(text_encoder or TextEncoder(config.text_encoder), trunk))
+        if config.llm_sha256 not in ("", trunk.digest):
+            raise CheckpointError(
+                f"{config.llm} is not the LM that this encoder was trained with (its word embeddings differ): bring "
+                "that one back, or train anew"
+            )
+        config = replace(config, llm_sha256=trunk.digest)
+        texts = text_encoder or TextEncoder(config.text_encoder)
+        texts = texts.texts if isinstance(texts, WordedTexts) else texts  # another encoder's
+        super().__init__(config, vocabulary, WordedTexts(texts, trunk))
         before, after = (part.detach() for part in trunk.frame)
         self.register_buffer("_after", after, persistent=False)
         self.backbone, self.head = trunk, UserPositions(config.tokens, trunk, after[-1:])
         scale = trunk.some_words().norm(dim=-1).mean() / config.width**0.5
         self.register_buffer("scale", scale, persistent=False)  # of the LM's input; event vectors are normed to 1
+        self.register_load_state_dict_post_hook(_without_frozen)
         with torch.no_grad():
             self.start.normal_(std=float(scale))
             if len(before):
@@ -56,12 +66,6 @@ class LLMUserEncoder(UserEncoder):
         for name in self.backbone.frozen:
             state.pop(f"{prefix}backbone.{name}", None)
         return state
-
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """Takes what `state_dict` gives."""
-        own = {f"backbone.{name}" for name in self.backbone.frozen}
-        kept = {name: value for name, value in nn.Module.state_dict(self).items() if name in own}
-        return super().load_state_dict({**kept, **state_dict}, strict, assign)
 
     def freeze(self, frozen: bool = True) -> None:
         """Leaves the event encoders and the LM as they are in training; only the user positions learn."""
@@ -99,13 +103,17 @@ class LLMUserEncoder(UserEncoder):
 
     def answer_vectors(self, texts: Sequence[str]) -> torch.Tensor:
         """`[len(texts), d]`: the LM's state at the end token behind each text alone."""
+        if not texts:
+            return self.start.new_zeros(0, self.config.width)
         x, mask = padded(self.backbone.words(texts, end=True))
         states, _ = self.backbone(x, mask)
         return states[torch.arange(len(x), device=x.device), mask.sum(1) - 1]
 
     @torch.inference_mode()
     def instruct(self, instructions: Sequence[str]) -> list[InstructionState]:
-        """States of instructions: here the LM's input, of which nothing can be known before the user is."""
+        """The LM's input for each instruction, `[T + K, d]`: nothing more can be known before the user is."""
+        if not instructions:
+            return []
         x, seen = self._asked(instructions)
         return [InstructionState(own[mask].clone(), own.new_zeros(0)) for own, mask in zip(x, seen)]
 
@@ -122,6 +130,12 @@ class LLMUserEncoder(UserEncoder):
         x, seen = padded([a.latents.flip(0) for a in asked])
         made, _ = self.backbone(x.flip(1), seen.flip(1), memory, cache_mask=mask)
         return made[:, -self.config.tokens :]
+
+
+def _without_frozen(encoder: LLMUserEncoder, keys) -> None:
+    """Weights that are never saved are not missing."""
+    frozen = tuple(f"backbone.{name}" for name in encoder.backbone.frozen)
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(frozen)]
 
 
 class UserPositions(nn.Module):

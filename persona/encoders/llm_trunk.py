@@ -1,16 +1,19 @@
 """`LLMTrunk`: a small causal LM as a sequence backbone, which reads vectors and words and keeps its key-value cache.
 
-It follows the protocol of `persona.encoders.backbones`; a cache is one tensor, `[layers, 2, B, heads, N, d / heads]`.
+It is called as the backbones of `persona.encoders.backbones` are; its cache is one tensor, `[layers, 2, B, heads, N,
+d / heads]`, of which a part for each row can be taken.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from persona.errors import CheckpointError, MissingExtraError, RecipeError
 
@@ -31,7 +34,7 @@ class LLMTrunk(nn.Module):
             raise RecipeError("encoder.backbone is llm: name the trunk as encoder.llm, a Hugging Face name or a folder")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-            llm = AutoModel.from_pretrained(name, dtype=torch.float32)
+            llm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).base_model
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the encoder's LLM {str(name)!r} cannot be loaded: {error}") from error
         if self.tokenizer.eos_token_id is None:
@@ -43,7 +46,10 @@ class LLMTrunk(nn.Module):
                 raise MissingExtraError("LoRA needs peft: pip install 'persona[train]'") from error
             llm.requires_grad_(False)
             config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=list(LORA_TARGETS))
-            llm = inject_adapter_in_model(config, llm)
+            try:
+                llm = inject_adapter_in_model(config, llm)
+            except ValueError as error:
+                raise CheckpointError(f"{name} cannot have a LoRA on {', '.join(LORA_TARGETS)}: {error}") from error
         llm.get_input_embeddings().requires_grad_(False)
         self.llm = llm
         self.frozen = tuple(name for name, p in self.named_parameters() if not p.requires_grad)
@@ -53,6 +59,12 @@ class LLMTrunk(nn.Module):
     def width(self) -> int:
         """Hidden size."""
         return self.llm.get_input_embeddings().weight.shape[1]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the word embeddings, which are never trained."""
+        weight = self.llm.get_input_embeddings().weight.detach().float().cpu().contiguous()
+        return hashlib.sha256(weight.numpy().tobytes()).hexdigest()
 
     @torch.no_grad()
     def some_words(self) -> torch.Tensor:
@@ -83,19 +95,31 @@ class LLMTrunk(nn.Module):
             ],
             dim=1,
         )
+        positions = (known.cumsum(1) - 1).clamp(min=0)
         causal = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
+        mask = (known[:, None] & causal)[:, None]
         kept = DynamicCache()
         for layer in range(0 if cache is None else len(cache)):
             kept.update(cache[layer, 0], cache[layer, 1], layer)
         out = self.llm(
             inputs_embeds=x,
-            attention_mask=(known[:, None] & causal)[:, None],
-            position_ids=(known.cumsum(1) - 1).clamp(min=0)[:, past:],
+            attention_mask=self._windowed(mask, positions, past),
+            position_ids=positions[:, past:],
             past_key_values=kept,
             use_cache=True,
         )
         made = torch.stack([torch.stack([layer.keys, layer.values]) for layer in kept.layers])
         return out.last_hidden_state, made
+
+    def _windowed(self, mask: torch.Tensor, positions: torch.Tensor, past: int):
+        """The mask that the LM's layers take: of its sliding window, if it has one, or one for each kind of layer."""
+        config = self.llm.config
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
+        if not window or (kinds and "sliding_attention" not in kinds):
+            return mask
+        near = positions[:, past:, None] - positions[:, None] < window
+        sliding = mask & near[:, None]
+        return {"full_attention": mask, "sliding_attention": sliding} if kinds else sliding
 
     @property
     def frame(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,9 +72,9 @@ class InstructionState:
     """What is cached for an instruction: how it begins to ask, whoever the user is."""
 
     latents: torch.Tensor
-    """`[K + T, d]`: the K queries, then the T states of the instruction."""
+    """`[K + T, d]`: the K queries, then the T states of the instruction; of an `LLMUserEncoder` in the other order."""
     topic: torch.Tensor
-    """`[d]`: the instruction in the space of the events."""
+    """`[d]`: the instruction in the space of the events; empty for an `LLMUserEncoder`."""
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +118,7 @@ class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
         self.start.requires_grad_(not frozen)
 
     def answer_vectors(self, texts: Sequence[str]) -> torch.Tensor:
-        """The answers' tower of contrastive training, `[len(texts), d]`: a text as an event would say it."""
+        """The answers' tower of contrastive training, `[len(texts), d]`: a text in the space of the events' texts."""
         return self.events.text(self.text_encoder.vectors(list(texts)).to(self.device))
 
     def train(self, mode: bool = True) -> UserEncoder:
@@ -264,6 +264,8 @@ class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
     @torch.inference_mode()
     def instruct(self, instructions: Sequence[str]) -> list[InstructionState]:
         """States of instructions, which `tokens` takes in place of their texts."""
+        if not instructions:
+            return []
         words, known, topics = self._words(instructions)
         latents, seen = self.head.ask(words, known, topics)
         return [InstructionState(own[mask].clone(), t.clone()) for own, mask, t in zip(latents, seen, topics)]

@@ -11,17 +11,21 @@ from cachetools import LRUCache
 from persona.encoders.llm_trunk import LLMTrunk
 from persona.encoders.text import TextEncoder
 
+WORDS_BYTES = 128 * 2**20
+"""Memory for what an LM says of texts."""
+
 
 class WordedTexts:
     """A `TextEncoder` whose vectors end in the mean of a trunk's word embeddings over the text, scaled to a mean square
     of 1: a trunk that only knows words then understands an event before its adapters have learned to say it.
     """
 
-    def __init__(self, texts: TextEncoder, trunk: LLMTrunk, cache_size: int = 200_000):
+    def __init__(self, texts: TextEncoder, trunk: LLMTrunk):
         self.texts, self.words = texts, trunk.width
         self._trunk = trunk
         self._lock = threading.Lock()
-        self._cache: LRUCache[str, torch.Tensor] = LRUCache(cache_size)
+        self._cache: LRUCache[str, torch.Tensor] = LRUCache(WORDS_BYTES, getsizeof=lambda words: words.nbytes)
+        self._forgotten = 0
 
     @property
     def name(self) -> str:
@@ -37,12 +41,13 @@ class WordedTexts:
     def vectors(self, texts: Sequence[str]) -> torch.Tensor:
         """Vectors `[len(texts), dim]` on the CPU; the empty text is the zero vector."""
         with self._lock:
-            found = {t: self._cache[t] for t in texts if t in self._cache}
+            found, forgotten = {t: self._cache[t] for t in texts if t in self._cache}, self._forgotten
         missing = [t for t in dict.fromkeys(texts) if t and t not in found]
         if missing:
             made = {t: _mean(w).cpu() for t, w in zip(missing, self._trunk.words(missing))}
             with self._lock:
-                self._cache.update(made)
+                if forgotten == self._forgotten:  # else one of these texts may be what was to be forgotten
+                    self._cache.update(made)
             found |= made
         nothing = torch.zeros(self.words)
         words = torch.stack([found.get(t, nothing) for t in texts]) if texts else torch.zeros(0, self.words)
@@ -57,6 +62,7 @@ class WordedTexts:
         with self._lock:
             for text in texts:
                 self._cache.pop(text, None)
+            self._forgotten += 1
         self.texts.forget(texts)
 
 

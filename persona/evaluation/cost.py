@@ -58,8 +58,7 @@ def _add_event_ms(encoder: UserEncoder, histories: Sequence[History], forget_in:
 
 def _state_bytes(encoder: UserEncoder, histories: Sequence[History]) -> int:
     """Bytes of the longest cached state, keys and values included."""
-    state = encoder.read([max(histories, key=len).last(50)])[0]
-    return sum(t.element_size() * t.numel() for t in [state.states, *state.cache])
+    return encoder.read([max(histories, key=len).last(50)])[0].nbytes
 
 
 def _seconds(call) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from persona.encoders import InstructionState, TextEncoder, UserEncoder, UserState
+from persona.encoders import EncoderConfig, InstructionState, TextEncoder, UserEncoder, UserState
 from persona.encoders.chunks import encode_in_chunks
 from persona.encoders.features import EventBatch
 from persona.encoders.hub import load_weights, push, read_config, resolve
@@ -236,7 +236,12 @@ class PersonalizedLM(SoftPromptLM):
                 f"{folder} was trained for an LLM of width {config.llm_width} ({config.base_model}); "
                 f"{name} is {width} wide. Train an adapter for it with `persona train`"
             )
-        encoder = UserEncoder.from_pretrained(folder / "encoder", text_encoder)
+        # An encoder on the very LLM that it is for goes with it, wherever that is now.
+        own = read_config(EncoderConfig, folder / "encoder" / "config.json").llm
+        same = own and (
+            own == config.base_model or _place(folder / "encoder", own) == _place(folder, config.base_model)
+        )
+        encoder = UserEncoder.from_pretrained(folder / "encoder", text_encoder, name if same else None)
         model = cls(
             base,
             tokenizer,
@@ -263,8 +268,14 @@ class PersonalizedLM(SoftPromptLM):
         return model.eval()
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Uploads what `save_pretrained` writes; returns the URL."""
+        """Uploads what `save_pretrained` writes; returns the URL. Raises `CheckpointError`; see `UserEncoder`."""
+        self.encoder.check_public()
         return push(self, repo_id, **kwargs)
+
+
+def _place(folder: Path, name: str) -> str:
+    """A folder that is named relative to another, whether or not it is there."""
+    return os.path.normpath(folder / name)
 
 
 def base_model_path(adapter: Path, config: AdapterConfig) -> str:

@@ -117,6 +117,6 @@ def _pairs(questions: Sequence[Question], count: int, device: torch.device) -> P
     return Pairs(
         torch.tensor(index, dtype=torch.long, device=device),
         answers,
-        torch.tensor([crc32(answer.encode()) for answer in answers], device=device),
+        torch.tensor([crc32(answer.encode()) for answer in answers], dtype=torch.long, device=device),
         count,
     )

@@ -61,6 +61,8 @@ def contrastive_loss(
     false are negatives of an equal answer and those more similar, by `margin`, than the pair itself.
     """
     users, answers, labels = (gathered(x) for x in (users, answers, labels))
+    if not len(users):
+        return users.sum() * 0.0
     cross = users @ answers.T
     pair = cross.diagonal()[:, None]
     same = labels[:, None] == labels
@@ -87,7 +89,7 @@ def matryoshka_contrastive_loss(
 
 
 def gathered(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes, with gradients to each; those given where there is one process.
+    """Rows of all processes, as many as each has, with gradients to each; those given where there is one process.
 
     Every process then has the loss of the whole batch, and the mean of gradients that DDP takes is the true gradient.
     """
@@ -95,4 +97,13 @@ def gathered(rows: torch.Tensor) -> torch.Tensor:
         return rows
     from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(all_gather(rows.contiguous()))
+    sizes = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor(len(rows), device=rows.device))
+    longest = int(max(sizes))
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])]).contiguous()
+    if rows.is_floating_point():
+        parts = all_gather(padded)
+    else:
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes)])

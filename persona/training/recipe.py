@@ -65,6 +65,12 @@ class Recipe:
     """The reference LM, when one is built."""
 
     def __post_init__(self):
+        if self.letters and self.training.contrastive_weight:
+            raise ValueError("letters and contrastive_weight: a letter says nothing without its question; drop one")
+        if max(self.training.contrastive_dims, default=0) > self.encoder.width:
+            raise ValueError(
+                f"contrastive_dims are {self.training.contrastive_dims}, but an embedding has {self.encoder.width}"
+            )
         if self.encoder.max_events != self.window:
             raise ValueError(
                 f"window is {self.window} and encoder.max_events {self.encoder.max_events}: make them equal, so that "

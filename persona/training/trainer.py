@@ -75,11 +75,9 @@ class PersonaTrainer(AdapterTrainer):
 
     def _contrastive(self, encoder: UserEncoder, tokens: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         config = self.objectives
-        if not pairs.answers:
-            return tokens.sum() * 0.0
         answers = (
             answers_in_chunks(encoder, pairs.answers, config.contrastive_chunk)
-            if config.contrastive_chunk
+            if config.contrastive_chunk and pairs.answers
             else encoder.answer_vectors(pairs.answers)
         )
         return matryoshka_contrastive_loss(
@@ -206,10 +204,7 @@ def new_model(
     base, tokenizer = load_llm(llm)
     recipe = domain.recipe
     vocabulary = Vocabulary.fit((domain.histories[u] for u in domain.train), recipe.sources)
-    config = recipe.encoder
-    if config.backbone == "llm" and not config.llm:
-        config = replace(config, llm=str(llm))
-    encoder = make_encoder(config, vocabulary, text_encoder)
+    encoder = make_encoder(recipe.encoder, vocabulary, text_encoder, llm)
     if pretrained:
         encoder.load_pretrained(pretrained)
     encoder.freeze(recipe.training.frozen_encoder)

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from persona import UserEncoder
 from persona.encoders import EncoderConfig, make_encoder
 from persona.encoders.llm_encoder import LLMUserEncoder
+from persona.encoders.llm_trunk import LLMTrunk
 from persona.errors import CheckpointError, EventError, RecipeError
 from persona.history import Event, History
+from persona.injection import PersonalizedLM, load_llm
 
 ASK = "What does this user buy most?"
 QUESTIONS = (ASK, "", "Will this user buy oak violin music next? שלום 👋")
@@ -195,3 +198,61 @@ def test_the_instruction_stands_in_the_lms_chat_template(encoder, config, vocabu
     bare = make_encoder(replace(config, llm=str(plain)), vocabulary, text_encoder)
     assert [len(part) for part in bare.backbone.frame] == [0, 0]
     assert bare.tokens(bare.read([History("u")]), [ASK])[0].tokens.isfinite().all()
+
+
+def test_a_trunk_of_any_family_is_the_lm_itself(family, family_llm, tokenizer, tmp_path):
+    """Longer than the sliding windows of Mistral and Gemma 3, in one go and in two."""
+    family_llm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    trunk = LLMTrunk(tmp_path, 0).eval()
+    ids = torch.arange(50)[None] + 10
+    words = trunk.llm.get_input_embeddings()(ids)
+    with torch.no_grad():
+        expected = family_llm.model(input_ids=ids).last_hidden_state
+        whole, _ = trunk(words)
+        first, cache = trunk(words[:, :41])
+        rest, _ = trunk(words[:, 41:], cache=cache)
+    scale = expected.abs().max()
+    assert (whole - expected).abs().max() < 1e-4 * scale
+    assert (torch.cat([first, rest], 1) - expected).abs().max() < 1e-4 * scale
+
+
+def test_mixed_precision(config, vocabulary, text_encoder, shop_histories):
+    encoder = make_encoder(config, vocabulary, text_encoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, states = encoder(encoder.batch(shop_histories), QUESTIONS, torch.arange(3))
+        answers = encoder.answer_vectors(["garden"])
+    (tokens.float().sum() + states.float().sum() + answers.float().sum()).backward()
+    assert encoder.start.grad.isfinite().all() and tokens.isfinite().all()
+
+
+def test_another_lm_in_its_place_is_refused(encoder, llm_path, tmp_path, text_encoder):
+    shutil.copytree(llm_path, tmp_path / "llm")
+    encoder.config = replace(encoder.config, llm=str(tmp_path / "llm"))
+    saved = encoder.save_pretrained(tmp_path / "encoder")
+    weights = load_file(tmp_path / "llm" / "model.safetensors")
+    weights["model.embed_tokens.weight"] += 0.01
+    save_file(weights, tmp_path / "llm" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="not the LM that this encoder was trained with"):
+        UserEncoder.from_pretrained(saved, text_encoder)
+    with pytest.raises(CheckpointError, match="upload that first"):
+        encoder.push_to_hub("someone/encoder")
+    shutil.rmtree(tmp_path / "llm")
+    with pytest.raises(CheckpointError, match="not there: name it as `llm`"):
+        UserEncoder.from_pretrained(saved, text_encoder)
+    assert isinstance(UserEncoder.from_pretrained(saved, text_encoder, llm_path), LLMUserEncoder)
+
+
+def test_an_adapter_follows_its_llm(encoder, llm_path, tmp_path, text_encoder, shop_histories):
+    """The trunk is the LLM: where that is named anew, the encoder finds it too. Weights are taken back by a parent."""
+    llm, tokenizer = load_llm(llm_path)
+    model = PersonalizedLM(llm, tokenizer, encoder, base_model=str(llm_path)).eval()
+    folder = model.save_pretrained(tmp_path / "deep" / "down" / "adapter")
+    moved = folder.rename(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        PersonalizedLM.from_pretrained(moved, text_encoder=text_encoder)
+    loaded = PersonalizedLM.from_pretrained(moved, llm_path, text_encoder=text_encoder)
+    assert loaded.generate([ASK], loaded.encoder.read(shop_histories[:1])) == model.generate(
+        [ASK], model.encoder.read(shop_histories[:1])
+    )
+    loaded.load_state_dict(model.state_dict())

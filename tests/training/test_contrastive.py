@@ -1,14 +1,14 @@
 """The contrastive objective: its loss, across processes, and in training."""
 
 import math
-import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.functional import normalize
 
 from persona.encoders import EncoderConfig
@@ -21,12 +21,11 @@ from persona.training.objectives import contrastive_loss, matryoshka_contrastive
 from persona.training.questions import Question
 from persona.training.trainer import new_model, train_adapter
 
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from contrastive_process import LABELS, rows  # noqa: E402
+
 ASK = "What does this user buy most?"
-
-
-def rows(seed, n=6, d=8):
-    torch.manual_seed(seed)
-    return normalize(torch.randn(n, d), dim=-1)
 
 
 def by_hand(users, answers, labels, temperature, margin):
@@ -52,6 +51,12 @@ def test_the_loss_is_the_papers(temperature, margin):
     assert float(found) == pytest.approx(by_hand(users, answers, labels, temperature, margin), rel=1e-4)
 
 
+def test_no_pair_at_all_costs_nothing():
+    loss = contrastive_loss(rows(0, 0).requires_grad_(), rows(1, 0), torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert float(loss) == 0
+
+
 def test_a_pair_alone_or_with_its_like_costs_nothing():
     assert float(contrastive_loss(rows(0, 1), rows(1, 1), torch.tensor([7]))) == 0
     assert float(contrastive_loss(rows(0, 3), rows(1, 3), torch.tensor([7, 7, 7]))) == pytest.approx(0, abs=1e-6)
@@ -68,28 +73,20 @@ def test_matryoshka_is_the_mean_over_dimensions():
     assert float(found) == pytest.approx(float(torch.stack(each).mean()), rel=1e-6)
 
 
-def share(rank, size, port, out):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-    weight = torch.eye(8).requires_grad_()
-    own = slice(3 * rank, 3 * rank + 3)
-    users = normalize(rows(0)[own] @ weight, dim=-1)
-    loss = contrastive_loss(users, rows(1)[own], torch.tensor([0, 1, 2, 1, 3, 0])[own])
-    loss.backward()
-    dist.all_reduce(weight.grad)
-    torch.save((loss.detach(), weight.grad / size), f"{out}/{rank}.pt")  # the mean that DDP takes
-    dist.destroy_process_group()
-
-
 def test_two_processes_learn_what_one_does(tmp_path, unused_port):
-    mp.spawn(share, (2, unused_port, str(tmp_path)), nprocs=2)
+    """As many pairs in each, more in one, none in one."""
+    command = [sys.executable, str(Path(__file__).with_name("contrastive_process.py")), str(unused_port), str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
     weight = torch.eye(8).requires_grad_()
-    loss = contrastive_loss(normalize(rows(0) @ weight, dim=-1), rows(1), torch.tensor([0, 1, 2, 1, 3, 0]))
+    loss = contrastive_loss(normalize(rows(0) @ weight, dim=-1), rows(1), LABELS)
     loss.backward()
     for rank in range(2):
-        theirs, gradient = torch.load(tmp_path / f"{rank}.pt")
-        assert float(theirs) == pytest.approx(float(loss), rel=1e-6)
-        assert torch.allclose(gradient, weight.grad, atol=1e-6)
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert len(found) == 3
+        for theirs, gradient in found:
+            assert float(theirs) == pytest.approx(float(loss), rel=1e-6)
+            assert torch.allclose(gradient, weight.grad, atol=1e-6)
 
 
 @pytest.fixture
@@ -183,6 +180,13 @@ def test_each_mixture_trains_saves_and_loads(weights, domain, recipe, llm_path, 
     user = [domain.histories[domain.test[0]]]
     assert np.allclose(trained.encoder.encode(user, ASK), loaded.encoder.encode(user, ASK), atol=1e-5)
     assert loaded.generate([ASK], loaded.encoder.read(user)) == trained.generate([ASK], trained.encoder.read(user))
+
+
+def test_recipes_that_make_no_sense_are_refused(recipe):
+    with pytest.raises(ValueError, match="letter"):
+        replace(recipe, letters=True)
+    with pytest.raises(ValueError, match="an embedding has 64"):
+        replace(recipe, training=replace(recipe.training, contrastive_dims=(128,)))
 
 
 def test_objectives_that_make_no_sense_are_refused():

@@ -143,7 +143,7 @@ class LampBench:
         set_seed(self.seed)
         if method.model == "ours":
             vocabulary = Vocabulary.fit(self.domain.histories(), self.domain.sources)
-            encoder = make_encoder(recipe.encoder, vocabulary, self.text_encoder)
+            encoder = make_encoder(recipe.encoder, vocabulary, self.text_encoder, self.llm)
             model = OurLM(llm, tokenizer, encoder, recipe, without_history=method.profile == "none")
         elif method.model == "pplug":
             model = PPlug(llm, tokenizer, self.text_encoder, recipe)

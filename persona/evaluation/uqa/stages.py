@@ -128,7 +128,7 @@ class UQA:
             held = leave_one_out([domain.histories[user] for user in domain.validation])
             set_seed(run.seed)
             vocabulary = Vocabulary.fit(histories, recipe.sources)
-            encoder = make_encoder(recipe.encoder, vocabulary, self.text_encoder)
+            encoder = make_encoder(recipe.encoder, vocabulary, self.text_encoder, self.llm)
             pretrain(encoder, histories, held, recipe.pretraining, folder, steps=steps)
             write_trained_on(domain.fingerprints(domain.train), folder)
         return folder
