@@ -1,10 +1,11 @@
-"""Probes of what no training says: attributes of users that the encoder never reads, from their embeddings.
+"""Probes of attributes of users that are written nowhere in their events, from their embeddings.
 
     python benchmarks/instruct/hidden.py adapters/demo/instruct.yaml --data build/shop --adapters build/instruct/demo \
         --truth build/shop/truth.jsonl --result benchmarks/results/instruct-hidden.json
 
 For the generated shop these are its hidden tastes, from truth.jsonl; for MovieLens age, gender and occupation, from its
-.user file. Probes are fitted on training users and asked of test users, whole histories each.
+.user file. The shop's category and app are close to what training asks, its price band is not. Probes are fitted on
+training users and asked of test users, whole histories each.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from persona.evaluation.instructed import mean_text
 from persona.evaluation.probes import Probe, linear_probe, look_alike_scores, with_interval
 from persona.evaluation.runner import provenance
 from persona.training.recipe import Domain, load_recipe
+from persona.training.trained_on import check_unseen
 
 INSTRUCTIONS = {
     "category": "What does this user buy most lately?",
@@ -95,6 +97,7 @@ def main(args: argparse.Namespace) -> None:
     for folder in sorted(f.parent for f in args.adapters.glob("*/training.json")):
         if folder.name == "learned_prompt":
             continue
+        check_unseen(domain.fingerprints(domain.test), folder)
         encoder = UserEncoder.from_pretrained(folder / "encoder", text_encoder)
         told = {target: embeddings(encoder, domain, INSTRUCTIONS[target]) for target in targets}
         empty = embeddings(encoder, domain, "")

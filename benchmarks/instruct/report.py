@@ -22,6 +22,7 @@ VARIANTS = {
     "contrastive": "LLM encoder, contrastive",
     "autoregressive": "LLM encoder, answer loss",
     "next_item": "LLM encoder, next item alone",
+    "no_instruction": "LLM encoder, both, never given an instruction",
     "resampler": "resampler, contrastive + answer loss",
 }
 WAYS = {"llm": "answered by the LLM", "similarity": "nearest answer", "probe": "linear probe"}
@@ -108,7 +109,8 @@ def made(result: dict) -> str:
         f"Accuracy, mean over tasks and over {n['users']} users who took no part in training, with bootstrap 95% "
         f"intervals over users; {n['cuts']} cuts; answers: {answers}. A probe is fitted on {config['probe_users']} "
         f"training users and answers {', '.join(config['probed'])}. {', '.join(map(str, sorted(steps)))} steps of "
-        f"training each, seed 0. Made by `{result['command']}`."
+        "training each, one seed, whose variance the intervals do not hold. Trained for the next item alone, the user "
+        f"positions learn nothing. Made by `{result['command']}`."
     )
 
 
@@ -122,10 +124,13 @@ def noise(result: dict) -> str:
         cells = [cell(rows[f"{share}: {way}"]["mean"]) for share in shares]
         lost = result["paired"][f"noise: {shares[-1]}: {way} - noise: 0%: {way}"]["mean"]
         lines.append(f"| {way} | " + " | ".join(cells) + f" | {cell(lost, signed=True)} |")
-    about = ", ".join(result["config"]["noise_tasks"])
-    return "\n".join(
-        [*lines, "", f"Mean over {about}; irrelevant events are of {', '.join(result['config']['noise'])}."]
-    )
+    about, of = ", ".join(result["config"]["noise_tasks"]), ", ".join(result["config"]["noise"])
+    lines += ["", f"Mean over {about}; the events mixed in are other users' {of}.", ""]
+    lines += [head(["difference of the two differences to 0%", *(f"{share} noise" for share in shares[1:])])]
+    for pair in dict.fromkeys(name.split(": ", 1)[1] for name in result["robustness"]):
+        cells = [cell(result["robustness"][f"{share}: {pair}"], signed=True) for share in shares[1:]]
+        lines.append(f"| {pair.replace(' - ', ' minus ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def sources(result: dict) -> str:

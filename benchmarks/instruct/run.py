@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import sys
 import time
@@ -19,9 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from persona.cli.common import quiet
 from persona.encoders import TextEncoder
+from persona.errors import PersonaError
 from persona.evaluation.instructed import KINDS, Instructed, with_noise
 from persona.evaluation.intervals import interval, mean_over_users
 from persona.evaluation.runner import provenance, sizes
@@ -64,6 +67,19 @@ class Bench:
         self.recipes = variants(recipe)
         self.text_encoder = TextEncoder(recipe.encoder.text_encoder)
         self.asked = Instructed(self.domain, probe_users=args.probe_users)
+        self._claim_folder()
+
+    def _claim_folder(self) -> None:
+        """Refuses a folder of a run with other settings, whose adapters and tables would be taken for this one's."""
+        recipe, asked = TypeAdapter(Recipe).dump_python(self.domain.recipe, mode="json"), self.args
+        settings = {"recipe": recipe, "llm": str(asked.llm), "steps": asked.steps, "probe_users": asked.probe_users}
+        settings |= {"noise": asked.noise, "about": asked.about, "users": self.domain.fingerprints(self.domain.train)}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        self.out.mkdir(parents=True, exist_ok=True)
+        file = self.out / "run.txt"
+        if file.exists() and file.read_text().strip() != digest:
+            raise PersonaError(f"{self.out} holds a run with another recipe, LLM, data or settings: give another --out")
+        file.write_text(digest + "\n")
 
     def train(self, name: str) -> None:
         """The adapter of a variant, or of `learned_prompt`: both objectives without any history."""
@@ -85,7 +101,8 @@ class Bench:
         )
 
     def model(self, name: str) -> PersonalizedLM:
-        """A variant that was trained."""
+        """A variant that was trained, on none of the users to be asked."""
+        check_unseen(self.domain.fingerprints(self.domain.test), self.out / name)
         return PersonalizedLM.from_pretrained(self.out / name, self.args.llm, text_encoder=self.text_encoder)
 
     def states(self, model: PersonalizedLM, change: Callable[[History], History] | None = None):

@@ -21,11 +21,13 @@ from persona.training.objectives import contrastive_loss, matryoshka_contrastive
 from persona.training.questions import Question
 from persona.training.trainer import new_model, train_adapter
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-from contrastive_process import LABELS, rows  # noqa: E402
-
+LABELS = torch.tensor([0, 1, 2, 1, 3, 0])
 ASK = "What does this user buy most?"
+
+
+def rows(seed, n=6, d=8):
+    torch.manual_seed(seed)
+    return normalize(torch.randn(n, d), dim=-1)
 
 
 def by_hand(users, answers, labels, temperature, margin):
@@ -74,7 +76,7 @@ def test_matryoshka_is_the_mean_over_dimensions():
 
 
 def test_two_processes_learn_what_one_does(tmp_path, unused_port):
-    """As many pairs in each, more in one, none in one."""
+    """As many pairs in each, more in one, none in one; `contrastive_process.py` has the same rows and labels."""
     command = [sys.executable, str(Path(__file__).with_name("contrastive_process.py")), str(unused_port), str(tmp_path)]
     processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
