@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import torch
 from persona.cli.common import quiet
 from persona.demo.shop import generate_shop
 from persona.encoders import EncoderConfig, TextEncoder, UserEncoder, Vocabulary, make_encoder
+from persona.encoders.chunks import answers_in_chunks
 from persona.evaluation.runner import git_hash
 from persona.history import History
 from persona.training.configs import TrainingConfig
@@ -102,11 +102,10 @@ def training(domain: Domain, llm: str, chunk: int, pairs: int) -> dict:
         cut = domain.training_cut(rng)
         if questions := domain.questions(cut, rng, training=True):
             examples.append(Example(cut.history, (questions[0],)))
-    from persona.encoders.chunks import answers_in_chunks
-
     batch = Collator(model, config)(examples)
     asked = batch.pop("pairs")
-    before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+    before, times = kib("VmRSS"), []
     for _ in range(3):
         start = time.perf_counter()
         tokens = model(**batch, chunk=chunk)["tokens"]
@@ -115,8 +114,13 @@ def training(domain: Domain, llm: str, chunk: int, pairs: int) -> dict:
         matryoshka_contrastive_loss(tokens[asked.index], answers, asked.labels, (encoder.config.width,)).backward()
         model.zero_grad()
         times.append(time.perf_counter() - start)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"pairs_per_s": round(pairs / median(times), 1), "step_mib": (after - before) // 1024}
+    return {"pairs_per_s": round(pairs / median(times), 1), "step_mib": (kib("VmHWM") - before) // 1024}
+
+
+def kib(name: str) -> int:
+    """A size of this process, of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def main(args: argparse.Namespace) -> None:
