@@ -16,7 +16,7 @@ from persona.evaluation.report import cell, replace_section
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DETAILS, README = ROOT / "benchmarks" / "README.md", ROOT / "README.md"
-DOMAINS = ("demo", "movies")
+RUNS = ("demo", "objectives")
 VARIANTS = {
     "both": "LLM encoder, contrastive + answer loss",
     "contrastive": "LLM encoder, contrastive",
@@ -31,7 +31,7 @@ KINDS = ("right", "empty", "wrong", "another user's")
 
 def main() -> None:
     """All tables for which there are results."""
-    for domain in DOMAINS:
+    for domain in RUNS:
         file = RESULTS / f"instruct-{domain}.json"
         if not file.exists():
             continue

@@ -214,13 +214,15 @@ class Bench:
             self.train(name)
             if name in self.recipes:
                 yield name, self.made(f"objectives-{name}", lambda name=name: self.objectives(name))
-        if "both" in names:
-            yield "controls", self.made("controls", self.controls)
-            yield "matryoshka", self.made("matryoshka", self.matryoshka)
-            if len(self.domain.recipe.sources) > 1:
-                yield "sources", self.made("sources", self.sources)
-            if self.args.noise:
-                yield "noise", self.made("noise", self.noise)
+        make = {
+            "controls": self.controls,
+            "matryoshka": self.matryoshka,
+            "sources": self.sources,
+            "noise": self.noise,
+        }
+        for name in self.args.tables if "both" in names else ():
+            if name != "noise" or self.args.noise:
+                yield name, self.made(name, make[name])
 
 
 def main(args: argparse.Namespace) -> None:
@@ -358,9 +360,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--noise", nargs="*", default=[], help="sources that other users' events are mixed in from")
     parser.add_argument("--about", nargs="*", default=[], help="sources whose questions are asked under noise")
     parser.add_argument("--variants", nargs="+", default=[*DEFAULT])
+    parser.add_argument("--tables", nargs="*", default=[*TABLES], help="of the variant both, beside its objectives")
     return parser.parse_args()
 
 
+TABLES = ("controls", "matryoshka", "sources", "noise")
 DEFAULT = ("both", "contrastive", "autoregressive", "next_item", "no_instruction", "resampler", "learned_prompt")
 
 if __name__ == "__main__":
