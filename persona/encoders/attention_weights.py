@@ -76,11 +76,9 @@ def _attention_of(llm: nn.Module) -> Iterator[list[torch.Tensor]]:
     before = llm.config._attn_implementation
 
     def ask(module, args, kwargs):
-        mask = kwargs["attention_mask"]
-        # Eager attention adds its mask; a Boolean one, made for SDPA, would hide nothing.
-        numbers = torch.zeros(mask.shape, dtype=kwargs["inputs_embeds"].dtype, device=mask.device)
-        numbers.masked_fill_(~mask, torch.finfo(numbers.dtype).min)
-        return args, {**kwargs, "attention_mask": numbers, "output_attentions": True}
+        mask, dtype = kwargs["attention_mask"], kwargs["inputs_embeds"].dtype
+        added = {kind: _added(m, dtype) for kind, m in mask.items()} if isinstance(mask, dict) else _added(mask, dtype)
+        return args, {**kwargs, "attention_mask": added, "output_attentions": True}
 
     def note(module, args, output) -> None:
         weights = getattr(output, "attentions", None)
@@ -96,3 +94,8 @@ def _attention_of(llm: nn.Module) -> Iterator[list[torch.Tensor]]:
         llm.set_attn_implementation(before)
         for hook in hooks:
             hook.remove()
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask for eager attention, which adds it: a Boolean one, made for SDPA, would hide nothing."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

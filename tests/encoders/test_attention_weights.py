@@ -97,7 +97,8 @@ def test_the_lms_attention_is_that_of_one_pass_over_all_it_reads(llm_encoder, sh
     state = encoder.read([shop_histories[0], history])[1]
     batch = encoder.batch([history])
     words = llm.get_input_embeddings()(torch.tensor(encoder.backbone.tokenizer(QUESTION)["input_ids"]))
-    vectors = [encoder.start[None], encoder.events(batch)[0] * encoder.scale, words, encoder.head.positions]
+    _, after = encoder.backbone.frame  # what the chat template has behind a question
+    vectors = [encoder.start[None], encoder.events(batch)[0] * encoder.scale, words, after, encoder.head.positions]
     llm.set_attn_implementation("eager")
     out = llm(inputs_embeds=torch.cat(vectors)[None], output_attentions=True)
     llm.set_attn_implementation("sdpa")
@@ -106,3 +107,16 @@ def test_the_lms_attention_is_that_of_one_pass_over_all_it_reads(llm_encoder, sh
     expected = rows.mean((0, 1, 2))[: len(state.states)]
     assert torch.allclose(state_attention(encoder, [state], [QUESTION], count)[0], expected, atol=1e-5)
     assert llm.config._attn_implementation == "sdpa" and not llm._forward_hooks and not llm._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_an_lm_with_sliding_windows_gives_its_weights(
+    family_llm, vocabulary, text_encoder, tokenizer, shop_histories, tmp_path
+):
+    family_llm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = EncoderConfig(backbone="llm", llm=str(tmp_path), width=64, heads=2, tokens=4, max_events=64, lora_rank=0)
+    encoder = make_encoder(config, vocabulary, text_encoder).eval()
+    states = encoder.read(shop_histories)
+    for state, weights in zip(states, state_attention(encoder, states, [QUESTION] * 3)):
+        assert weights.shape == (len(state.states),) and (weights >= 0).all() and 0 < weights.sum() <= 1
