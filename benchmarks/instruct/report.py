@@ -47,6 +47,9 @@ def main() -> None:
             plot(result, RESULTS / "instruct-noise.png")
         if domain == "demo":
             replace_section(README, "instruct-demo", "\n\n".join((objectives(result), made(result))))
+    hidden_file = RESULTS / "instruct-hidden.json"
+    if hidden_file.exists():
+        replace_section(DETAILS, "instruct-hidden", hidden(json.loads(hidden_file.read_text(encoding="utf-8"))))
     cost = RESULTS / "instruct-cost.json"
     if cost.exists():
         replace_section(DETAILS, "instruct-cost", costs(json.loads(cost.read_text(encoding="utf-8"))))
@@ -151,6 +154,22 @@ def matryoshka(result: dict) -> str:
     lines = [head(["tokens", *(f"{d} dimensions" for d in dims)])]
     for tokens in dict.fromkeys(name.split(" x ")[0] for name in rows):
         lines.append(f"| {tokens} | " + " | ".join(cell(rows[f"{tokens} x {d}"]["mean"]) for d in dims) + " |")
+    return "\n".join(lines)
+
+
+def hidden(result: dict) -> str:
+    """AUC and KS of linear probes, and look-alikes, by attribute."""
+    targets = result["config"]["targets"]
+    lines = [head(["embedding", *(f"{t}: AUC, KS, look-alike AUC" for t in targets)])]
+    for name, row in result["results"].items():
+        cells = []
+        for target in targets:
+            auc, ks = row[target]["auc"], row[target]["ks"]
+            told = f"{auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}], {ks['value']:.2f}"
+            cells.append(f"{told}, {row[target]['look_alike_auc']:.2f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    n = result["n"]
+    lines += ["", f"{n['train']} training users, {n['test']} test users. Made by `{result['command']}`."]
     return "\n".join(lines)
 
 
