@@ -28,7 +28,7 @@ from transformers import (
 
 from persona.cli import main
 from persona.demo.shop import generate_shop
-from persona.encoders import EncoderConfig, TextEncoder, UserEncoder, Vocabulary
+from persona.encoders import EncoderConfig, TextEncoder, UserEncoder, Vocabulary, make_encoder
 from persona.history import Event, History
 from persona.injection import PersonalizedLM, load_llm
 from persona.serving import VLLMEngine
@@ -164,6 +164,28 @@ def encoder(vocabulary, text_encoder):
     torch.manual_seed(1)
     config = EncoderConfig(width=32, heads=2, layers=2, tokens=4, max_events=64, dropout=0.0)
     return UserEncoder(config, vocabulary, text_encoder).eval()
+
+
+def untrained(kind, vocabulary, text_encoder, llm_path):
+    torch.manual_seed(0)
+    shape = {"heads": 2, "tokens": 4, "max_events": 64, "dropout": 0.0}
+    if kind == "llm":
+        config = EncoderConfig(backbone="llm", llm=str(llm_path), width=64, lora_rank=4, **shape)
+    else:
+        config = EncoderConfig(width=32, layers=2, head=kind, **shape)
+    return make_encoder(config, vocabulary, text_encoder).eval()
+
+
+@pytest.fixture(params=["resampler", "linear", "llm"])
+def any_encoder(request, vocabulary, text_encoder, llm_path):
+    """An untrained encoder with each way of making tokens."""
+    return untrained(request.param, vocabulary, text_encoder, llm_path)
+
+
+@pytest.fixture
+def llm_encoder(vocabulary, text_encoder, llm_path):
+    """An untrained encoder that is an LM."""
+    return untrained("llm", vocabulary, text_encoder, llm_path)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Probes of attributes of users that are written nowhere in their events, from their embeddings.
+"""Probes of attributes of users that no event states outright, from their embeddings.
 
     python benchmarks/instruct/hidden.py adapters/demo/instruct.yaml --data build/shop --adapters build/instruct/demo \
         --truth build/shop/truth.jsonl --result benchmarks/results/instruct-hidden.json

@@ -46,7 +46,9 @@ def main() -> None:
         if "noise" in result["results"] and domain == "demo":
             plot(result, RESULTS / "instruct-noise.png")
         if domain == "demo":
-            replace_section(README, "instruct-demo", "\n\n".join((objectives(result), made(result))))
+            replace_section(
+                README, "instruct-demo", "\n\n".join((objectives(result), controls(result, short=True), made(result)))
+            )
     hidden_file = RESULTS / "instruct-hidden.json"
     if hidden_file.exists():
         replace_section(DETAILS, "instruct-hidden", hidden(json.loads(hidden_file.read_text(encoding="utf-8"))))
@@ -84,12 +86,15 @@ def tasks(result: dict) -> str:
     return "\n".join(lines)
 
 
-def controls(result: dict) -> str:
-    """What needs no user embedding, or no training."""
-    names = result["config"]["tasks"]
-    lines = [head(["control", *names, "mean"])]
-    for title, row in result["results"].get("controls", {}).items():
-        lines.append(f"| {title} | " + " | ".join(cell(row.get(n)) for n in [*names, "mean"]) + " |")
+def controls(result: dict, *, short: bool = False) -> str:
+    """What needs no user embedding, or no training; in `short` the mean alone. Empty where none was asked."""
+    rows = result["results"].get("controls")
+    if not rows:
+        return ""
+    names = ["mean"] if short else [*result["config"]["tasks"], "mean"]
+    lines = [head(["control", *names])]
+    for title, row in rows.items():
+        lines.append(f"| {title} | " + " | ".join(cell(row.get(n)) for n in names) + " |")
     return "\n".join(lines)
 
 
@@ -118,11 +123,11 @@ def made(result: dict) -> str:
 
 
 def noise(result: dict) -> str:
-    """Accuracy by share of irrelevant events, and what the largest share costs."""
+    """Accuracy by share of other users' events, and what the largest share costs."""
     rows = result["results"]["noise"]
     shares = list(dict.fromkeys(name.split(": ")[0] for name in rows))
     ways = list(dict.fromkeys(name.split(": ")[1] for name in rows))
-    lines = [head(["", *(f"{share} irrelevant" for share in shares), f"{shares[-1]} minus 0%"])]
+    lines = [head(["", *(f"{share} foreign" for share in shares), f"{shares[-1]} minus 0%"])]
     for way in ways:
         cells = [cell(rows[f"{share}: {way}"]["mean"]) for share in shares]
         lost = result["paired"][f"noise: {shares[-1]}: {way} - noise: 0%: {way}"]["mean"]
@@ -198,7 +203,7 @@ def costs(result: dict) -> str:
 
 
 def plot(result: dict, file: Path) -> None:
-    """Curves of accuracy by share of irrelevant events, one panel for each way of reading an embedding."""
+    """Curves of accuracy by share of other users' events, one panel for each way of reading an embedding."""
     rows = result["results"]["noise"]
     shares = list(dict.fromkeys(name.split(": ")[0] for name in rows))
     x = [float(share.rstrip("%")) for share in shares]
@@ -216,7 +221,7 @@ def plot(result: dict, file: Path) -> None:
             label = names.get(way.rsplit(", ", 1)[-1], way.removeprefix("probe of "))
             axes.errorbar(x, [r["acc"] for r in own], yerr=error, marker=marker, capsize=2, label=label)
         axes.set_title(title)
-        axes.set_xlabel("irrelevant events, % of the history")
+        axes.set_xlabel("other users' events, % of the history")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     figure.axes[0].set_ylabel("accuracy, mean over tasks")

@@ -12,27 +12,6 @@ from persona.history import History
 QUESTION = "What does this user buy most?"
 
 
-def untrained(kind, vocabulary, text_encoder, llm_path):
-    torch.manual_seed(0)
-    shape = {"heads": 2, "tokens": 4, "max_events": 64, "dropout": 0.0}
-    if kind == "llm":
-        config = EncoderConfig(backbone="llm", llm=str(llm_path), width=64, lora_rank=4, **shape)
-    else:
-        config = EncoderConfig(width=32, layers=2, head=kind, **shape)
-    return make_encoder(config, vocabulary, text_encoder).eval()
-
-
-@pytest.fixture(params=["resampler", "linear", "llm"])
-def any_encoder(request, vocabulary, text_encoder, llm_path):
-    """An untrained encoder with each way of making tokens."""
-    return untrained(request.param, vocabulary, text_encoder, llm_path)
-
-
-@pytest.fixture
-def llm_encoder(vocabulary, text_encoder, llm_path):
-    return untrained("llm", vocabulary, text_encoder, llm_path)
-
-
 @pytest.mark.parametrize("masked", [True, False])
 def test_the_weights_are_those_that_make_the_output(masked):
     torch.manual_seed(0)

@@ -20,22 +20,6 @@ QUESTION = "What does this user buy most?"
 UNKNOWN = Event("nosuch", 86_400.0 * 2.5, text="of a source that the encoder does not know")
 
 
-def untrained(kind, vocabulary, text_encoder, llm_path):
-    torch.manual_seed(0)
-    shape = {"heads": 2, "tokens": 4, "max_events": 64, "dropout": 0.0}
-    if kind == "llm":
-        config = EncoderConfig(backbone="llm", llm=str(llm_path), width=64, lora_rank=4, **shape)
-    else:
-        config = EncoderConfig(width=32, layers=2, head=kind, **shape)
-    return make_encoder(config, vocabulary, text_encoder).eval()
-
-
-@pytest.fixture(params=["resampler", "linear", "llm"])
-def any_encoder(request, vocabulary, text_encoder, llm_path):
-    """An untrained encoder with each way of making tokens."""
-    return untrained(request.param, vocabulary, text_encoder, llm_path)
-
-
 def test_each_event_has_its_share_and_its_fall(any_encoder, strange_history):
     history = strange_history.of([*strange_history.events, UNKNOWN])
     found = explain(any_encoder, history, QUESTION, "music")
