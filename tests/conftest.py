@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_servers import Postgres, Redis
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -226,3 +227,27 @@ def engine(llm_path):
     return VLLMEngine(
         llm_path, max_model_len=512, max_num_seqs=8, enable_prefix_caching=True, kv_cache_memory_bytes=64 * 2**20
     )
+
+
+def _started(server):
+    """A server of this machine's packages; a machine that lacks it skips its tests, but CI may not."""
+    try:
+        return server()
+    except FileNotFoundError as missing:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL server for the session."""
+    with _started(Postgres) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server():
+    """A Redis server for the session."""
+    with _started(Redis) as server:
+        yield server

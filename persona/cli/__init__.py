@@ -11,6 +11,7 @@ import typer
 from persona.cli.bench import bench
 from persona.cli.common import Change, Data, Recipe, ReportTo, Strict, open_domain, quiet, say
 from persona.cli.embed import embed
+from persona.cli.store import store
 from persona.errors import MissingExtraError, PersonaError
 
 app = typer.Typer(help="Gives any LLM call a user id.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -19,6 +20,7 @@ data_app = typer.Typer(help="Raw records: read them, or draw some.", no_args_is_
 app.add_typer(data_app, name="data")
 app.add_typer(lm, name="lm")
 app.add_typer(bench, name="bench")
+app.add_typer(store, name="store")
 app.command()(embed)
 
 
@@ -178,6 +180,10 @@ def serve(
     jwt_algorithm: Annotated[str | None, typer.Option(help="Signature algorithm of user tokens.")] = None,
     jwt_audience: Annotated[str | None, typer.Option(help="Audience that user tokens are made out to.")] = None,
     budget_ms: Annotated[float | None, typer.Option(help="Milliseconds that encoding a user may take.")] = None,
+    cache_url: Annotated[
+        str | None,
+        typer.Option(help="Where servers share users' states: redis://HOST:6379/0, or `store` for the event store's."),
+    ] = None,
     max_body: Annotated[int | None, typer.Option(help="Longest request body in bytes.")] = None,
     require_personalization: Annotated[
         bool, typer.Option("--require-personalization", help="Answer 503 rather than plainly for a named user.")
@@ -214,6 +220,7 @@ def serve(
         jwt_algorithm=jwt_algorithm,
         jwt_audience=jwt_audience,
         budget_ms=budget_ms,
+        cache_url=cache_url,
         max_body=max_body,
         require_personalization=require_personalization or None,
         upstream=upstream,

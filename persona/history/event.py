@@ -149,9 +149,14 @@ def _order(event: Event) -> float:
 
 
 def check_user(user: str) -> str:
-    """Returns `user` if it is a string of 1 to 256 characters that UTF-8 can hold; raises `EventError` otherwise."""
+    """Returns `user` if it is a string of 1 to 256 characters that UTF-8 can hold, none of them U+0000.
+
+    Raises `EventError` otherwise. PostgreSQL cannot hold U+0000, and an id should not depend on where it is stored.
+    """
     if not isinstance(user, str):
         raise EventError(f"a user id must be a string, not {type(user).__name__} ({user!r})")
     if not 1 <= len(user) <= MAX_USER_ID:
         raise EventError(f"a user id has 1 to {MAX_USER_ID} characters; this one has {len(user)}")
+    if "\0" in user:
+        raise EventError(f"a user id holds no character U+0000, as {user!r} does")
     return _encodable("the user id", user)

@@ -13,9 +13,11 @@ from cachetools import LRUCache
 
 from persona.encoders import InstructionState, UserEncoder, UserState
 from persona.encoders.features import event_rows
+from persona.encoders.state_bytes import events_digest
 from persona.encoders.text import INSTRUCTION_LENGTH
 from persona.history import Event, History
 from persona.serving.combined import Combined, PatienceError
+from persona.serving.shared_states import Shared, SharedStates
 from persona.store import EventStore
 
 _STRIPES = 64
@@ -29,8 +31,25 @@ class _Known(NamedTuple):
     """A cached state, and what of the store it was made from."""
 
     revision: int
-    events: tuple[Event, ...]
     state: UserState
+    events: tuple[Event, ...] | None
+    """None where another process has made it; then the next two tell."""
+    count: int = 0
+    """Number of events."""
+    digest: str = ""
+    """Of these events."""
+
+    @classmethod
+    def of(cls, shared: Shared) -> _Known:
+        """What another process has made."""
+        return cls(shared.revision, shared.read.state, None, shared.read.count, shared.read.digest)
+
+    def newer(self, history: History) -> tuple[Event, ...] | None:
+        """The events behind those it was made from; None where the history does not begin with them."""
+        size = self.count if self.events is None else len(self.events)
+        old, new = history.events[:size], history.events[size:]
+        same = events_digest(old) == self.digest if self.events is None else old == self.events
+        return new if same else None
 
     @property
     def nbytes(self) -> int:
@@ -55,13 +74,20 @@ class UserStates:
     """States by (tenant, user) and store revision: a new event extends the cached state, nothing is encoded twice.
 
     Safe to share between threads. One user's encoding never waits for another's, except that a few users in 64 share
-    a lock; requests for the same user encode once.
+    a lock; requests for the same user encode once. With `shared`, so do those to several processes.
     """
 
-    def __init__(self, encoder: UserEncoder, store: EventStore, cache_mib: float = 256, patience: float = 60.0):
-        self.encoder, self.store, self.patience = encoder, store, patience
+    def __init__(
+        self,
+        encoder: UserEncoder,
+        store: EventStore,
+        cache_mib: float = 256,
+        patience: float = 60.0,
+        shared: SharedStates | None = None,
+    ):
+        self.encoder, self.store, self.patience, self.shared = encoder, store, patience, shared
         self.hits = self.misses = 0
-        """Look-ups answered from memory, and those that had to encode."""
+        """Look-ups answered from memory or the shared cache, and those that had to encode."""
         self._states: LRUCache[tuple[str, str], _Known] = _lru(cache_mib)
         self._instructions: LRUCache[str, InstructionState] = _lru(_INSTRUCTIONS_MIB)
         self._made: LRUCache[tuple[int, int], _Made] = _lru(_MADE_MIB)
@@ -94,16 +120,26 @@ class UserStates:
             if known or not revision:
                 return known and known.state
             forgotten = self._forgotten
+            found = self.shared and self.shared.get(user, tenant=tenant)
+            if found and found.revision == revision:
+                self._keep(key, _Known.of(found), forgotten, hit=True)
+                return found.read.state
             history = self.store.history(user, last=self.encoder.config.max_events + 1, tenant=tenant)
             with self._lock:
-                old = self._states.get(key)
+                old = self._states.get(key) or (found and _Known.of(found))
             try:
                 state = (old and self._extended(old, history)) or self.encoder.read([history])[0]
-                self._keep(key, _Known(revision, history.events, state), forgotten)
+                if self._keep(key, _Known(revision, state, history.events), forgotten) and self.shared:
+                    self._share(user, tenant, revision, state, history)
             finally:
                 if forgotten != self._forgotten:  # perhaps this user, before the texts came into their cache
                     self._forget_texts(history.events)
             return state
+
+    def _share(self, user: str, tenant: str, revision: int, state: UserState, history: History) -> None:
+        self.shared.put(user, revision, state, history.events, tenant=tenant)
+        if not self.store.revision(user, tenant=tenant):  # forgotten by another process, perhaps before this was put
+            self.shared.forget(user, tenant=tenant)
 
     def made(self, state: UserState, instruction: InstructionState, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `make` gives for a user's state and an instruction's, kept for when both are asked for again."""
@@ -152,7 +188,9 @@ class UserStates:
                 self._made.clear()
                 known = self._states.pop((tenant, user), None)
             # What is in memory may have come after the history was read, or be forgotten already by another process.
-            self._forget_texts([*history.events, *(known.events if known else ())])
+            self._forget_texts([*history.events, *((known and known.events) or ())])
+            if self.shared:
+                self.shared.forget(user, tenant=tenant)
 
     def _forget_texts(self, events: Sequence[Event]) -> None:
         rows = event_rows(events, self.encoder.vocabulary)
@@ -177,24 +215,25 @@ class UserStates:
                 self.hits += 1
                 return known
         if known and not revision:
-            self._forget_texts(known.events)
+            self._forget_texts(known.events or ())
         return None
 
-    def _keep(self, key: tuple[str, str], known: _Known, forgotten: int) -> None:
+    def _keep(self, key: tuple[str, str], known: _Known, forgotten: int, *, hit: bool = False) -> bool:
+        """Whether it is kept: not if somebody was forgotten meanwhile, who may be this user."""
         with self._lock:
-            self.misses += 1
+            self.hits, self.misses = self.hits + hit, self.misses + (not hit)
             if forgotten != self._forgotten:
-                return  # somebody was forgotten meanwhile, perhaps this user
+                return False
             _put(self._states, key, known)
+            return True
 
     def _extended(self, known: _Known, history: History) -> UserState | None:
         """The old state continued by newer events, or None where only encoding again is right."""
-        size = len(known.events)
-        new = history.events[size:]
-        # The old events themselves are compared: one may have come late, or all been forgotten by another process.
-        if history.events[:size] != known.events or any(e.timestamp is None for e in new):
-            return None
         if known.state.truncated or len(history.timed) > self.encoder.config.max_events:
+            return None
+        # The old events themselves are compared: one may have come late, or all been forgotten by another process.
+        new = known.newer(history)
+        if new is None or any(e.timestamp is None for e in new):
             return None
         return self.encoder.extend(known.state, new)
 

@@ -1,4 +1,4 @@
-"""`EmbeddingStore`: what encoders made of users, as bytes, shared by processes: in the event store's database or Redis."""
+"""`EmbeddingStore`: what encoders made of users, as bytes, shared by processes."""
 
 from __future__ import annotations
 

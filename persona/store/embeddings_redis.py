@@ -1,4 +1,4 @@
-"""`RedisEmbeddings`: embeddings in Redis or Valkey, one binary value for each (tenant, user, space), with a time to live."""
+"""`RedisEmbeddings`: embeddings in Redis or Valkey, one binary value each, with a time to live."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class RedisEmbeddings:
             for start in range(0, len(users), _BATCH):
                 part = users[start : start + _BATCH]
                 values = self._redis.mget([_key(tenant, user, space) for user in part])
-                found |= {user: _unpacked(value) for user, value in zip(part, values) if value is not None}
+                # A value that is too short to be one of ours is as good as none.
+                found |= {user: _unpacked(v) for user, v in zip(part, values) if v and len(v) >= _REVISION.size}
         return found
 
     def put(self, values: Mapping[str, Stored], space: str, *, tenant: str = "default") -> None:

@@ -43,15 +43,16 @@ class SqlEmbeddings:
 
     def forget(self, user: str, *, tenant: str = "default") -> None:
         """See `EmbeddingStore`. `EventStore.forget` has done it already, and erases the bytes too."""
+        query = _embeddings.delete().where(*_of([user], tenant))
         with self._database.begin(tenant) as connection:
-            connection.execute(_embeddings.delete().where(*_of([user], tenant)))
+            connection.execute(query)
 
     def spaces(self, *, tenant: str = "default") -> dict[str, int]:
         """See `EmbeddingStore`."""
         check_tenant(tenant)
         query = sa.select(_embeddings.c.space, sa.func.count()).where(_embeddings.c.tenant == tenant)
         with self._database.begin(tenant) as connection:
-            return {space: count for space, count in connection.execute(query.group_by(_embeddings.c.space))}
+            return dict(connection.execute(query.group_by(_embeddings.c.space)).all())
 
     def drop(self, space: str, *, tenant: str = "default") -> int:
         """See `EmbeddingStore`."""

@@ -161,9 +161,10 @@ class EventStore:
     def forget(self, user: str, *, tenant: str = "default") -> int:
         """Erases the user and returns how many events there were; no byte of them stays in SQLite's files.
 
-        What `SqlEmbeddings` keeps of the user goes in the same transaction. For the bytes the file is written anew, which takes time in proportion to its size. (PostgreSQL's own vacuum
-        does it later.) Raises `PersonaError` if another connection reads or writes for so long that this cannot
-        be done; the events are deleted all the same, and calling again finishes the work.
+        What `SqlEmbeddings` keeps of the user goes in the same transaction. For the bytes the file is written anew,
+        which takes time in proportion to its size. (PostgreSQL's own vacuum does it later.) Raises `PersonaError` if
+        another connection reads or writes for so long that this cannot be done; the events are deleted all the same,
+        and calling again finishes the work.
         """
         mine = self._of(user, tenant)
         with self.database.begin(tenant) as connection:

@@ -60,7 +60,9 @@ def prepare(engine: sa.Engine, name: str, upgrade: bool = False) -> None:
     if found is None or (upgrade and found < HEAD):
         _migrate(engine)
     elif found != HEAD:
-        older = "run `persona store upgrade` first" if found < HEAD else "a newer persona has set it up; update this one"
+        older = (
+            "run `persona store upgrade` first" if found < HEAD else "a newer persona has set it up; update this one"
+        )
         raise PersonaError(f"the event store {name} has schema {found}, this version of persona needs {HEAD}: {older}")
 
 

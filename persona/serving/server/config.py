@@ -50,6 +50,11 @@ class ServerConfig(BaseSettings):
     """Bytes; a longer request body is refused with 413."""
     cache_mib: float = Field(256.0, gt=0)
     """Memory for the states of users, in MiB; those that were not asked for for the longest time go first."""
+    cache_url: str | None = None
+    """Where servers share the states of users: a URL as redis://host:6379/0, or `store`, which is the event store's
+    database; None leaves each server with its own memory."""
+    cache_ttl: float = Field(7 * 86400.0, ge=1)
+    """Seconds for which Redis keeps a state after it was last made."""
     device: str = "cpu"
     """Where the user encoder runs; the GPU is the LLM's."""
     upstream: str | None = None

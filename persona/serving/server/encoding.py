@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from persona.encoders.embed_files import encoder_folder, encoder_revision
 from persona.errors import PersonaError
 from persona.injection.model import AdapterConfig, PersonalizedLM
 from persona.serving.memory import UnservableError
 from persona.serving.personalizer import CHAT, Outcome, Personalizer
 from persona.serving.server.config import ServerConfig
+from persona.serving.shared_states import SharedStates
 from persona.serving.states import UserStates
-from persona.store import EventStore
+from persona.store import EventStore, open_embeddings, space_name
 
 log = logging.getLogger("persona.serving")
 
@@ -47,9 +49,11 @@ class Made(NamedTuple):
 class Encoding:
     """Personalises request bodies in threads of this process."""
 
-    def __init__(self, config: ServerConfig, model: PersonalizedLM, store: EventStore):
+    def __init__(
+        self, config: ServerConfig, model: PersonalizedLM, store: EventStore, shared: SharedStates | None = None
+    ):
         self.model, self.store = model.eval(), store
-        self.states = UserStates(model.encoder, store, config.cache_mib, patience=config.budget_ms / 1000)
+        self.states = UserStates(model.encoder, store, config.cache_mib, config.budget_ms / 1000, shared)
         self.personalizer = Personalizer(model, self.states)
         # One thread an encoding: more would each bring along threads of OpenMP, which spin while they wait.
         self._pool = ThreadPoolExecutor(config.encode_threads, "persona", torch.set_num_threads, (1,))
@@ -60,7 +64,12 @@ class Encoding:
         model = PersonalizedLM.from_pretrained(config.adapter, config.llm, llm_weights=False, device=config.device)
         if model.adapter.lora:
             raise PersonaError(f"{config.adapter} has a LoRA, which vLLM would not apply; merge it into the LLM first")
-        return cls(config, model, EventStore(config.store, timeout=STORE_TIMEOUT))
+        store, shared = EventStore(config.store, timeout=STORE_TIMEOUT), None
+        if config.cache_url:
+            embeddings = open_embeddings(config.cache_url, store, ttl=config.cache_ttl)
+            space = space_name(encoder_revision(encoder_folder(config.adapter)))
+            shared = SharedStates(embeddings, space, model.encoder.device)
+        return cls(config, model, store, shared)
 
     @property
     def adapter(self) -> AdapterConfig:

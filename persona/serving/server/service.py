@@ -152,4 +152,6 @@ def check_caller_user(user: object) -> str | None:
     try:
         return check_user(user)
     except PersonaError:
-        raise Refused(400, "invalid_user", "user must be a text of 1 to 256 Unicode characters", "user") from None
+        raise Refused(
+            400, "invalid_user", "user must be 1 to 256 Unicode characters, none of them U+0000", "user"
+        ) from None
