@@ -41,10 +41,14 @@ class Server:
 
     account: str | None = None
     """Who runs it when we are root; None for ourselves."""
+    wait_s = 30.0
+    """Seconds that it may take to start."""
 
     def __init__(self):
         self.folder = Path(tempfile.mkdtemp(prefix="persona-"))
         self.port, self._process = free_port(), None
+        self.where: Path | None = self.folder
+        """Where it runs; None is where we are."""
         if self._account:
             shutil.chown(self.folder, self._account)
 
@@ -56,18 +60,22 @@ class Server:
         """The command line."""
         raise NotImplementedError
 
+    def environment(self) -> dict[str, str]:
+        """Its environment variables: nothing of ours, so that no setting of this machine gets in."""
+        return {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "TZ": "UTC"}
+
     def run(self, command: list[str]) -> None:
         """Runs a command to its end. Raises `subprocess.CalledProcessError`."""
         subprocess.run(command, check=True, user=self._account, stdout=subprocess.DEVNULL, cwd=self.folder)
 
     def start(self) -> None:
-        """Returns when it listens. Raises `RuntimeError` with its log when it ends or takes half a minute."""
+        """Returns when it listens. Raises `RuntimeError` with its log when it ends or takes too long."""
         log = self.folder / "log"
         with log.open("ab") as out:
             self._process = subprocess.Popen(
-                self.command(), user=self._account, stdout=out, stderr=out, cwd=self.folder, env=_environment()
+                self.command(), user=self._account, stdout=out, stderr=out, cwd=self.where, env=self.environment()
             )
-        end = time.monotonic() + 30
+        end = time.monotonic() + self.wait_s
         while not self._listens():
             if self._process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"{self.command()[0]} did not start:\n{log.read_text(errors='replace')}")
@@ -178,7 +186,3 @@ class Redis(Server):
     def url(self) -> str:
         """For `open_embeddings`."""
         return f"redis://127.0.0.1:{self.port}/0"
-
-
-def _environment() -> dict[str, str]:
-    return {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "TZ": "UTC"}
