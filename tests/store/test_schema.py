@@ -50,6 +50,17 @@ def test_the_command_sets_up_a_database(path, run):
     assert said.returncode == 1 and "not a database URL" in said.stderr
 
 
+def test_the_commands_count_and_drop_spaces(path, run):
+    with EventStore(f"sqlite:///{path}") as store:
+        open_embeddings("store", store).put({"ana": Stored(1, b""), "bob": Stored(1, b"")}, "0a1b:state")
+    where = ("--store", f"sqlite:///{path}")
+    assert run("store", "spaces", *where).stdout == "0a1b:state\t2\n"
+    assert "erased 2 embeddings of 0a1b:state" in run("store", "drop", "0a1b:state", *where).stderr
+    assert run("store", "spaces", *where).stdout == ""
+    said = run("store", "spaces", *where, "--cache-url", "redis://127.0.0.1:1/0")
+    assert said.returncode == 1 and "the Redis server 127.0.0.1:1 cannot be used" in said.stderr
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_many_set_up_an_empty_database_at_once(request, kind, path):
     url = f"sqlite:///{path}" if kind == "sqlite" else request.getfixturevalue("postgres").database("at_once")
