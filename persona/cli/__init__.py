@@ -11,6 +11,8 @@ import typer
 from persona.cli.bench import bench
 from persona.cli.common import Change, Data, Recipe, ReportTo, Strict, open_domain, quiet, say
 from persona.cli.embed import embed
+from persona.cli.migrate import migrate
+from persona.cli.refresh import refresh
 from persona.cli.store import store
 from persona.errors import MissingExtraError, PersonaError
 
@@ -22,6 +24,8 @@ app.add_typer(lm, name="lm")
 app.add_typer(bench, name="bench")
 app.add_typer(store, name="store")
 app.command()(embed)
+app.command()(refresh)
+app.command()(migrate)
 
 
 @data_app.command("shop")

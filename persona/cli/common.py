@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -49,5 +50,9 @@ def quiet() -> None:
 
 
 def say(text: str) -> None:
-    """Tells people, on the error stream: what is piped on is a verb's own output."""
-    typer.echo(text, err=True)
+    """Tells people, on the error stream: what is piped on is a verb's own output.
+
+    Of processes that accelerate launch or torchrun started together only the first speaks.
+    """
+    if "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0":
+        typer.echo(text, err=True)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +14,7 @@ import torch
 from persona.encoders.embedding import pooled
 from persona.encoders.features import newest
 from persona.encoders.hub import resolve
+from persona.encoders.part_files import PartFiles
 from persona.encoders.user_encoder import UserEncoder
 from persona.errors import CheckpointError, PersonaError
 from persona.history import History
@@ -26,10 +24,6 @@ if TYPE_CHECKING:
     import pyarrow
 
 ENCODER_FILES = ("config.json", "vocabulary.json", "model.safetensors")
-MANIFEST = "_manifest.json"
-"""Settings and digests of a run. Named so that pandas, pyarrow and Spark, which read the folder, pass over it."""
-TEMPORARY = ".writing-"
-"""What the names of files begin with that are not whole."""
 READ = 64
 """Users that are encoded at a time."""
 
@@ -99,50 +93,75 @@ def embed_file(
     encoder does not have; `PersonaError` for a folder that holds anything else, or parts made with other settings, and
     where it cannot write; `MissingExtraError` without pyarrow.
     """
-    events, out, instructions = Path(events), Path(out), list(instructions)
-    _check_asked(instructions, batch_size)
-    if out.resolve().is_relative_to(events.resolve()):
-        raise PersonaError(f"{out} lies in {events}, whose files are read as events; name a folder elsewhere")
+    instructions = list(instructions)
+    check_asked(instructions, batch_size)
+    check_apart(events, out)
     width = encoder.encode([], dim=dim, tokens=tokens).shape[1]
     tokens = encoder.check_count(tokens)
     users = EventFiles(events)
-    unknown = {name: count for name, count in users.sources.items() if name not in encoder.vocabulary.sources}
-    parts = -(-len(users) // batch_size)
-    manifest = {
+    say(f"read {users.rows} events of {len(users)} users")
+    if unknown := unknown_sources(users.sources, encoder.vocabulary.sources):
+        say(unknown_listing(unknown))
+    made = PartFiles(out, file_manifest(users, revision, instructions, width, tokens, batch_size))
+    made.prepare(overwrite)
+    parts, kept = made.manifest["parts"], 0
+    for number in range(parts):
+        first, last = number * batch_size, min((number + 1) * batch_size, len(users))
+        if is_whole(made, number, (last - first) * len(instructions), say):
+            kept += 1
+            continue
+        histories = users.histories(first, last)
+        made.write(number, embedding_rows(encoder, histories, instructions, width, tokens, revision))
+        if (number + 1) % max(1, parts // 20) == 0:
+            say(f"wrote {made.path(number).name}, {last} of {len(users)} users")
+    return Embedded(len(users), parts, kept, unknown)
+
+
+def file_manifest(
+    users: EventFiles, revision: str, instructions: Sequence[str], dim: int, tokens: int, batch_size: int
+) -> dict:
+    """The manifest of a run over files: all that must be the same for it to go on."""
+    return {
         "revision": revision,
-        "instructions": instructions,
-        "dim": width,
+        "instructions": list(instructions),
+        "dim": dim,
         "tokens": tokens,
         "batch_size": batch_size,
         "events": users.digests,
         "users": len(users),
-        "parts": parts,
+        "parts": -(-len(users) // batch_size),
     }
-    say(f"read {users.rows} events of {len(users)} users")
-    if unknown:
-        listing = ", ".join(f"{name} ({count})" for name, count in list(unknown.items())[:20])
-        say(f"{sum(unknown.values())} events are of sources that the encoder does not know, and not read: {listing}")
-    kept = 0
-    try:
-        _prepare(out, manifest, overwrite)
-        for number in range(parts):
-            first, path = number * batch_size, out / f"part-{number:05d}.parquet"
-            last = min(first + batch_size, len(users))
-            if path.exists():
-                if _is_whole(path, (last - first) * len(instructions)):
-                    kept += 1
-                    continue
-                say(f"{path.name} is damaged and is made again")
-            table = _embed(encoder, users.histories(first, last), instructions, width, tokens, revision)
-            _write(path, lambda file, table=table: _write_parquet(table, file))
-            if (number + 1) % max(1, parts // 20) == 0:
-                say(f"wrote {path.name}, {last} of {len(users)} users")
-    except OSError as error:
-        raise PersonaError(f"{out} cannot be written: {error}") from error
-    return Embedded(len(users), parts, kept, unknown)
 
 
-def _check_asked(instructions: Sequence[str], batch_size: int) -> None:
+def is_whole(made: PartFiles, number: int, rows: int, say: Callable[[str], None]) -> bool:
+    """Whether a part is there with all its rows; says so where one is damaged."""
+    found = made.metadata(number)
+    if found and found.num_rows == rows:
+        return True
+    if made.path(number).exists():
+        say(f"{made.path(number).name} is damaged and is made again")
+    return False
+
+
+def unknown_sources(sources: Mapping[str, int], known: Sequence[str]) -> dict[str, int]:
+    """Those sources, with their numbers of events, that an encoder does not know."""
+    return {name: count for name, count in sources.items() if name not in known}
+
+
+def unknown_listing(unknown: Mapping[str, int]) -> str:
+    """Sources that an encoder does not know, in words."""
+    listing = ", ".join(f"{name} ({count})" for name, count in list(unknown.items())[:20])
+    return f"{sum(unknown.values())} events are of sources that the encoder does not know, and not read: {listing}"
+
+
+def check_apart(events: str | Path, out: str | Path) -> None:
+    """Raises `PersonaError` for a folder to write to among the files to read."""
+    if Path(out).resolve().is_relative_to(Path(events).resolve()):
+        raise PersonaError(f"{out} lies in {events}, whose files are read as events; name a folder elsewhere")
+
+
+def check_asked(instructions: Sequence[str], batch_size: int = 1) -> None:
+    """Raises `PersonaError` for instructions, or users in a part, that make no sense."""
     if batch_size < 1:
         raise PersonaError(f"a part has at least 1 user, not {batch_size}")
     if not instructions:
@@ -156,7 +175,7 @@ def _check_asked(instructions: Sequence[str], batch_size: int) -> None:
             raise PersonaError(f"the instruction {text!r} is not valid Unicode: {error.reason}") from None
 
 
-def _embed(
+def embedding_rows(
     encoder: UserEncoder,
     histories: Sequence[History],
     instructions: Sequence[str],
@@ -164,7 +183,7 @@ def _embed(
     tokens: int,
     revision: str,
 ) -> pyarrow.Table:
-    """The rows of a part. Users are read once, whatever the number of instructions."""
+    """The rows of a part, of one user or more. Users are read once, whatever the number of instructions."""
     import pyarrow
 
     vectors, truncated, counts = [], [], []
@@ -188,75 +207,3 @@ def _embed(
         "revision": pyarrow.array([revision] * each * len(histories), pyarrow.string()),
     }
     return pyarrow.table(columns)
-
-
-def _prepare(out: Path, manifest: dict, overwrite: bool) -> None:
-    """Makes the folder fit for the run of `manifest`: new, or holding whole parts of such a run alone."""
-    if out.exists() and not out.is_dir():
-        raise PersonaError(f"{out} is a file; name a folder for the embeddings")
-    out.mkdir(parents=True, exist_ok=True)
-    for path in out.glob(f"{TEMPORARY}*"):
-        path.unlink(missing_ok=True)
-    path = out / MANIFEST
-    if not path.exists():
-        if found := sorted(entry.name for entry in out.iterdir()):
-            listing = ", ".join(found[:5]) + ", ..." * (len(found) > 5)
-            raise PersonaError(f"{out} holds {listing}, but no {MANIFEST} of an earlier run; name another folder")
-    elif overwrite:
-        for part in out.iterdir():
-            if re.fullmatch(r"part-\d{5,}\.parquet", part.name):
-                part.unlink()
-    elif differences := _differences(path, manifest):
-        raise PersonaError(
-            f"{out} holds embeddings that were made otherwise: {'; '.join(differences)}. "
-            "Replace them with --overwrite, or name another folder"
-        )
-    else:
-        return
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    _write(path, lambda file: file.write(text.encode()))
-
-
-def _differences(path: Path, manifest: dict) -> list[str]:
-    """What differs in an earlier manifest, in words."""
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        files = dict(before["events"])
-    except (ValueError, KeyError, TypeError):
-        return [f"{MANIFEST} is damaged"]
-    now = manifest["events"]
-    changed = sorted(name for name in now | files if now.get(name) != files.get(name))
-    plain = [key for key in manifest if key != "events" and before.get(key) != manifest[key]]
-    found = [f"{key} was {before.get(key)!r} and is {manifest[key]!r}" for key in plain]
-    if changed:
-        listing = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
-        found.append(f"files of events changed, came or went: {listing}")
-    return found
-
-
-def _is_whole(path: Path, rows: int) -> bool:
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_metadata(path).num_rows == rows
-    except pyarrow.ArrowException:
-        return False
-
-
-def _write_parquet(table: pyarrow.Table, file: BinaryIO) -> None:
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(table, file, compression="zstd")
-
-
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ def training_arguments(
             **precision(),
             "report_to": report_to,
             "seed": config.seed,
+            "data_seed": config.seed,  # else each process would draw by its own torch seed
             "remove_unused_columns": False,
             "dataloader_num_workers": 0,
             "dataloader_pin_memory": False,  # collators put their tensors where the model is

@@ -14,6 +14,7 @@ from persona.errors import DataError
 from persona.history import History
 from persona.injection.model import PersonalizedLM
 from persona.training.configs import TrainingConfig
+from persona.training.processes import of_first
 from persona.training.questions import NO, YES, Question
 from persona.training.recipe import Domain
 
@@ -81,8 +82,9 @@ class Collator:
     Half the batches use all K tokens, half a random prefix. Answers that say nothing without their question, yes and
     no, make no pair.
 
-    Which, the first example's index decides: batches are made ahead of the step that uses them, so with torch's
-    generator a resumed run would draw other prefixes, and other dropout, than one that was never stopped.
+    Which, the index of the first example decides, that of process 0 where there are several: batches are made ahead of
+    the step that uses them, so with torch's generator a resumed run would draw other prefixes, and other dropout, than
+    one that was never stopped.
     """
 
     def __init__(self, model: PersonalizedLM, config: TrainingConfig | None = None):
@@ -90,8 +92,12 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> dict:
         model, most = self.model, self.model.encoder.config.tokens
-        rng = np.random.default_rng([self.config.seed, 2, examples[0].index])
+        own = examples[0].index
+        first = of_first(own, model.encoder.device)
+        rng = np.random.default_rng([self.config.seed, 2, first])
         count = most if rng.random() < 0.5 else int(rng.integers(1, most + 1))
+        if first != own:
+            rng = np.random.default_rng([self.config.seed, 2, own])  # which instructions are withheld, each draws alone
         questions = [q for e in examples for q in e.questions]
         owner = [i for i, e in enumerate(examples) for _ in e.questions]
         template, device, config = model.template, model.encoder.device, self.config

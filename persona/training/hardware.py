@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -16,5 +17,13 @@ def has_bf16() -> bool:
 
 
 def precision() -> dict[str, bool]:
-    """`TrainingArguments` for this machine: the GPU if there is one, and bfloat16 autocast where it is native."""
-    return {"bf16": has_bf16(), "use_cpu": not (torch.cuda.is_available() or torch.backends.mps.is_available())}
+    """`TrainingArguments` for this machine: the GPU if there is one, and bfloat16 autocast where it is native.
+
+    Under `accelerate launch` the mixed precision of its configuration is taken instead.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    return {
+        "bf16": has_bf16() if asked is None else asked == "bf16",
+        "fp16": asked == "fp16",
+        "use_cpu": not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+    }

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 from persona.encoders import UserEncoder
 from persona.encoders.embedding import pooled
 from persona.encoders.features import EventBatch
+from persona.training.processes import gathered
 
 
 def next_item_loss(
@@ -86,24 +86,3 @@ def matryoshka_contrastive_loss(
         for dim in dims
     ]
     return torch.stack(losses).mean()
-
-
-def gathered(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes, as many as each has, with gradients to each; those given where there is one process.
-
-    Every process then has the loss of the whole batch, and the mean of gradients that DDP takes is the true gradient.
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return rows
-    from torch.distributed.nn.functional import all_gather
-
-    sizes = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor(len(rows), device=rows.device))
-    longest = int(max(sizes))
-    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])]).contiguous()
-    if rows.is_floating_point():
-        parts = all_gather(padded)
-    else:
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes)])

@@ -29,6 +29,7 @@ from persona.history import History
 from persona.training.arguments import training_arguments
 from persona.training.configs import PretrainingConfig
 from persona.training.objectives import next_item_loss
+from persona.training.processes import check_one_process
 from persona.training.ranking import Held, ranking_values
 
 
@@ -135,8 +136,10 @@ def pretrain(
 ) -> UserEncoder:
     """Trains `encoder` on `histories` and saves its best state, by NDCG@10 on `held`, to `out`.
 
-    A run that was stopped goes on from its newest checkpoint. Raises `DataError` when there is nothing to learn from.
+    A run that was stopped goes on from its newest checkpoint. Raises `DataError` when there is nothing to learn from,
+    and `PersonaError` in several processes: the catalogue's softmax and the validation are of one.
     """
+    check_one_process("pre-training")
     out, steps = Path(out), steps or config.steps
     set_seed(config.seed)
     sequences = Sequences.of(encoder, histories)

@@ -24,6 +24,7 @@ from persona.errors import RecipeError
 from persona.history.render import render_event, render_history
 from persona.training.configs import LMConfig
 from persona.training.hardware import precision
+from persona.training.processes import check_one_process
 from persona.training.recipe import Domain
 from persona.training.trained_on import write_trained_on
 
@@ -75,8 +76,10 @@ def train_lm(
 ) -> None:
     """Trains a Llama on packed rows of what `draw` gives and saves it with its tokenizer to `out`.
 
-    It goes on from `start`, whose tokenizer this must be, or begins anew by `config`.
+    It goes on from `start`, whose tokenizer this must be, or begins anew by `config`. Raises `PersonaError` where
+    several processes were started.
     """
+    check_one_process("building a reference LM")
     set_seed(config.seed)
     model = start or LlamaForCausalLM(_llama_config(config, tokenizer))
     steps = steps or config.steps

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -20,10 +21,19 @@ from persona.encoders.chunks import answers_in_chunks
 from persona.errors import PersonaError
 from persona.injection import PersonalizedLM, SoftPromptLM, load_llm
 from persona.injection.llm import default_device
+from persona.injection.soft_prompt_lm import IGNORE, SoftPromptBatch
 from persona.training.arguments import training_arguments
 from persona.training.configs import TrainingConfig
 from persona.training.data import Collator, Examples, Pairs
 from persona.training.objectives import matryoshka_contrastive_loss, next_item_loss
+from persona.training.processes import (
+    average_gradients,
+    joined,
+    mean_weight,
+    own_share,
+    process_count,
+    process_number,
+)
 from persona.training.recipe import Domain
 from persona.training.trained_on import write_trained_on
 
@@ -36,10 +46,15 @@ class AdapterTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = model(**inputs)
-        return (out["loss"], out) if return_outputs else out["loss"]
+        loss = out["loss"] * mean_weight(answer_tokens(inputs["batch"]))
+        return (loss, out) if return_outputs else loss
 
     def _prepare_inputs(self, inputs):
         return inputs  # the collator has put everything where the model is
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        if self.args.should_save:  # what is saved is whole in every process, under FSDP too
+            self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
@@ -48,30 +63,39 @@ class AdapterTrainer(Trainer):
         (model or self.model).load_trained(Path(resume_from_checkpoint))
 
 
-class PersonaTrainer(AdapterTrainer):
-    """The weighted sum of the objectives that a `TrainingConfig` turns on, all of the same batch.
+def answer_tokens(batch: SoftPromptBatch) -> torch.Tensor:
+    """Tokens that the answer loss is the mean over."""
+    return (batch.labels != IGNORE).sum()
 
-    Answer loss (autoregressive, through the frozen LLM), contrastive loss and next-item loss.
+
+class WithObjectives(nn.Module):
+    """A `PersonalizedLM` whose `forward` gives the weighted sum of the objectives that a `TrainingConfig` turns on.
+
+    Answer loss (autoregressive, through the frozen LLM), contrastive loss and next-item loss, all of the same batch.
+    One module, since DDP finds the parameters that a step leaves out by what its `forward` returns.
     """
 
-    def __init__(self, *args, objectives: TrainingConfig, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.objectives = objectives
-        encoder = self.model.encoder
+    def __init__(self, model: PersonalizedLM, objectives: TrainingConfig):
+        super().__init__()
+        self.model, self.objectives = model, objectives
+        encoder = model.encoder
         self._texts = encoder.text_encoder.vectors(encoder.vocabulary.item_texts).to(encoder.device)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        config, pairs = self.objectives, inputs.pop("pairs", None)
-        encoder = self.accelerator.unwrap_model(model).encoder
-        out = model(**inputs, chunk=config.contrastive_chunk)
-        loss = config.answer_weight * out["loss"] if config.answer_weight else out["tokens"].sum() * 0.0
-        if config.contrastive_weight:
-            loss = loss + config.contrastive_weight * self._contrastive(encoder, out["tokens"], pairs)
-        if config.next_item_weight:
-            loss = loss + config.next_item_weight * next_item_loss(
-                encoder, out["states"], inputs["events"], self._texts
-            )
-        return (loss, out) if return_outputs else loss
+    def forward(self, pairs: Pairs | None = None, **inputs) -> dict[str, torch.Tensor]:
+        """`{"loss": scalar}` of what `Collator` makes."""
+        config, encoder = self.objectives, self.model.encoder
+        out = self.model(**inputs, chunk=config.contrastive_chunk)
+        with torch.autocast(encoder.device.type, enabled=False):
+            tokens, states = out["tokens"].float(), out["states"].float()
+            loss = tokens.sum() * 0.0
+            if config.answer_weight:
+                loss = config.answer_weight * out["loss"].float() * mean_weight(answer_tokens(inputs["batch"]))
+            if config.contrastive_weight:
+                loss = loss + config.contrastive_weight * self._contrastive(encoder, tokens, pairs)
+            if config.next_item_weight:
+                found = next_item_loss(encoder, states, inputs["events"], self._texts)
+                loss = loss + config.next_item_weight * found * mean_weight((inputs["events"].item > 0).sum())
+        return {"loss": loss}
 
     def _contrastive(self, encoder: UserEncoder, tokens: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         config = self.objectives
@@ -89,6 +113,38 @@ class PersonaTrainer(AdapterTrainer):
             margin=config.margin,
         )
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """See `PersonalizedLM`."""
+        self.model.save_pretrained(folder)
+
+    def load_trained(self, folder: Path) -> None:
+        """See `PersonalizedLM`."""
+        self.model.load_trained(folder)
+
+
+class PersonaTrainer(AdapterTrainer):
+    """Trains a `PersonalizedLM` with the objectives that a `TrainingConfig` turns on; see `WithObjectives`.
+
+    FSDP shards the frozen LLM. What is trained is small: each process has all of it and averages its gradients.
+    """
+
+    def __init__(self, model: PersonalizedLM, *args, objectives: TrainingConfig, **kwargs):
+        super().__init__(WithObjectives(model, objectives), *args, **kwargs)
+        if self.is_fsdp_enabled and model.adapter.lora:
+            raise PersonaError(
+                "FSDP shards the LLM, of which training.lora_rank trains a part: use DDP, or set it to 0"
+            )
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            average_gradients(p for p in self.model.parameters() if p.requires_grad)
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**inputs)
+        return (out["loss"], out) if return_outputs else out["loss"]
+
 
 def train_adapter(
     domain: Domain,
@@ -105,32 +161,34 @@ def train_adapter(
     """Trains encoder and projector for `domain` on a frozen LLM and saves the adapter to `out`.
 
     `pretrained` is the folder of a pre-trained encoder to start from; see `persona.training.pretrain`. For `resume`
-    and its error see `fit`.
+    and its error see `fit`. Started by accelerate launch or torchrun, each process has its share of every batch, and
+    all end with the same weights.
     """
     refuse_unfinished(out, resume)
     recipe = domain.recipe
     config = recipe.training
-    set_seed(config.seed)
-    model = new_model(domain, llm, text_encoder, pretrained)
-    if config.lora_rank:
-        model.add_lora(config.lora_rank)
-    steps = steps or config.steps
-    Path(out).mkdir(parents=True, exist_ok=True)
-    write_trained_on(domain.fingerprints(domain.train), out)  # first, so that no finished weights are without
-    examples = Examples(domain, steps * config.histories_per_step, without_history=without_history)
-    fit(
-        PersonaTrainer,
-        model,
-        examples,
-        Collator(model, config),
-        config,
-        out,
-        steps=steps,
-        resume=resume,
-        report_to=report_to,
-        note={"without_history": without_history},
-        objectives=replace(config, next_item_weight=0.0) if without_history or config.frozen_encoder else config,
-    )
+    with joined():
+        set_seed(config.seed)
+        model = new_model(domain, llm, text_encoder, pretrained)
+        if config.lora_rank:
+            model.add_lora(config.lora_rank)
+        steps = steps or config.steps
+        Path(out).mkdir(parents=True, exist_ok=True)
+        if process_number() == 0:
+            write_trained_on(domain.fingerprints(domain.train), out)  # first, so that no finished weights are without
+        fit(
+            PersonaTrainer,
+            model,
+            Examples(domain, steps * config.histories_per_step, without_history=without_history),
+            Collator(model, config),
+            config,
+            out,
+            steps=steps,
+            resume=resume,
+            report_to=report_to,
+            note={"without_history": without_history},
+            objectives=replace(config, next_item_weight=0.0) if without_history or config.frozen_encoder else config,
+        )
     return model
 
 
@@ -168,7 +226,7 @@ def fit(
             config,
             out,
             steps,
-            config.histories_per_step,
+            own_share(config.histories_per_step),
             report_to,
             save_steps=max(1, steps // 4),
             save_total_limit=1,
@@ -178,20 +236,25 @@ def fit(
         data_collator=collate,
         **options,
     )
+    set_seed(config.seed + process_number())  # dropout of each process's own
     start = time.perf_counter()
     made.train(resume_from_checkpoint=checkpoint)
-    model.eval().save_pretrained(out)
-    record = {
-        "steps": steps,
-        "seconds": round(time.perf_counter() - start),
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "seed": config.seed,
-        **(note or {}),
-    }
-    (Path(out) / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    for folder in Path(out).glob("checkpoint-*"):
-        shutil.rmtree(folder)
+    model.eval()
+    made.save_model(out)
+    if process_number() == 0:
+        record = {
+            "steps": steps,
+            "seconds": round(time.perf_counter() - start),
+            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "processes": process_count(),
+            "seed": config.seed,
+            **(note or {}),
+        }
+        (Path(out) / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        for folder in Path(out).glob("checkpoint-*"):
+            shutil.rmtree(folder)
+    made.accelerator.wait_for_everyone()
 
 
 def new_model(
