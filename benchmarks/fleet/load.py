@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -140,7 +141,8 @@ def write(args: argparse.Namespace, results: dict, seen: dict) -> None:
         "kind": "fleet-load",
         "results": results,
         "an event is seen by the other server after": seen,
-        "config": {"users": args.users, "rounds": args.rounds, "seconds": args.seconds, "machine": processors()},
+        "config": {"users": args.users, "rounds": args.rounds, "seconds": args.seconds},
+        "machine": {"cores": os.cpu_count(), "name": processors()},
         "command": " ".join(["python", "benchmarks/fleet/load.py", *sys.argv[1:]]),
         "git_hash": git_hash(),
         "versions": {name: version(name) for name in ("torch", "uvicorn", "persona")},

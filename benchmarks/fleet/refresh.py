@@ -223,11 +223,11 @@ def main(args: argparse.Namespace) -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder, most = Path(name), max(args.actors)
-        rates = speed(args, save(args, args.speed_users, folder), folder)
-        source = save(args, args.users, folder)
-        whole = run(args, source, args.users, folder / "whole", min(2, most))
-        killed = run(args, source, args.users, folder / "killed", min(2, most), kill=True)
-        killed |= same(folder / "whole", folder / "killed")
+        few = save(args, args.speed_users, folder)
+        rates = speed(args, few, folder)
+        killed = run(args, few, args.speed_users, folder / "killed", min(2, most), kill=True)
+        killed |= same(folder / f"speed-0-{min(2, most)}", folder / "killed")
+        whole = run(args, save(args, args.users, folder), args.users, folder / "whole", min(2, most))
     result = {
         "name": args.out.stem,
         "kind": "fleet-refresh",
@@ -261,8 +261,8 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--users", type=int, default=100_000, help="of the runs for memory and with a killed actor")
-    parser.add_argument("--speed-users", type=int, default=5_000, help="of each run for speed")
+    parser.add_argument("--users", type=int, default=100_000, help="of the run for memory")
+    parser.add_argument("--speed-users", type=int, default=5_000, help="of each other run")
     parser.add_argument("--events", type=int, default=50, help="of each user")
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 2, 4], help="efficiency is to the first of these")
     parser.add_argument("--rounds", type=int, default=3)

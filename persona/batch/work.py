@@ -125,8 +125,7 @@ class StoreToCache(StoreWork):
         """Encodes `READ` users at a time, so that an actor never holds more states."""
         users = part["ids"]
         revisions = self.store.revisions(users, tenant=self.tenant)
-        found = self.cache.get(users, self.space, tenant=self.tenant)
-        kept = {user: stored.revision for user, stored in found.items()}
+        kept = self.cache.revisions(users, self.space, tenant=self.tenant)
         stale = [user for user in users if revisions[user] and kept.get(user) != revisions[user]]
         unknown: Counter[str] = Counter()
         for start in range(0, len(stale), READ):

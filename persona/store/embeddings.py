@@ -32,6 +32,9 @@ class EmbeddingStore(Protocol):
     def get(self, users: Sequence[str], space: str, *, tenant: str = "default") -> dict[str, Stored]:
         """The values of those of `users` that have one, in one round trip."""
 
+    def revisions(self, users: Sequence[str], space: str, *, tenant: str = "default") -> dict[str, int]:
+        """The revisions of those of `users` that have a value, without reading the values."""
+
     def put(self, values: Mapping[str, Stored], space: str, *, tenant: str = "default") -> None:
         """Keeps values, in the place of older ones."""
 

@@ -55,6 +55,19 @@ class RedisEmbeddings:
                 found |= {user: _unpacked(v) for user, v in zip(part, values) if v and len(v) >= _REVISION.size}
         return found
 
+    def revisions(self, users: Sequence[str], space: str, *, tenant: str = "default") -> dict[str, int]:
+        """See `EmbeddingStore`."""
+        users, found = list(users), {}
+        with self._for_people():
+            for start in range(0, len(users), _BATCH):
+                part = users[start : start + _BATCH]
+                with self._redis.pipeline(transaction=False) as pipeline:
+                    for user in part:
+                        pipeline.getrange(_key(tenant, user, space), 0, _REVISION.size - 1)
+                    heads = pipeline.execute()
+                found |= {user: _REVISION.unpack(h)[0] for user, h in zip(part, heads) if len(h) == _REVISION.size}
+        return found
+
     def put(self, values: Mapping[str, Stored], space: str, *, tenant: str = "default") -> None:
         """See `EmbeddingStore`."""
         items = [(_key(tenant, user, space), stored) for user, stored in values.items()]

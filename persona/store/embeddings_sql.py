@@ -28,6 +28,13 @@ class SqlEmbeddings:
         with self._database.begin(tenant) as connection:
             return {user: Stored(revision, value) for user, revision, value in connection.execute(query)}
 
+    def revisions(self, users: Sequence[str], space: str, *, tenant: str = "default") -> dict[str, int]:
+        """See `EmbeddingStore`."""
+        query = sa.select(_embeddings.c.user_id, _embeddings.c.revision)
+        query = query.where(*_of(users, tenant), _embeddings.c.space == space)
+        with self._database.begin(tenant) as connection:
+            return dict(connection.execute(query).all())
+
     def put(self, values: Mapping[str, Stored], space: str, *, tenant: str = "default") -> None:
         """See `EmbeddingStore`."""
         _of(list(values), tenant)

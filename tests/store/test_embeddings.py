@@ -16,7 +16,8 @@ def test_what_is_put_is_got(embeddings):
     assert embeddings.get(["bob", "ana", "أحمد:*"], NEW) == {"ana": VALUE, "أحمد:*": Stored(-1, b"")}
     embeddings.put({"ana": Stored(1, b"newer")}, NEW)
     assert embeddings.get(["ana"], NEW) == {"ana": Stored(1, b"newer")}
-    assert embeddings.get([], NEW) == {}
+    assert embeddings.revisions(["bob", "ana", "أحمد:*"], NEW) == {"ana": 1, "أحمد:*": -1}
+    assert embeddings.get([], NEW) == embeddings.revisions([], NEW) == {}
     embeddings.put({}, NEW)
     embeddings.check()
 
@@ -55,6 +56,7 @@ def test_spaces_are_counted_and_dropped(embeddings):
 @pytest.mark.parametrize("bad", ["", "a\0b", "x" * 257])
 def test_bad_ids_are_refused(embeddings, bad):
     calls = [
+        lambda **t: embeddings.revisions([bad if not t else "u"], NEW, **t),
         lambda **t: embeddings.get([bad if not t else "u"], NEW, **t),
         lambda **t: embeddings.put({bad if not t else "u": VALUE}, NEW, **t),
         lambda **t: embeddings.forget(bad if not t else "u", **t),
@@ -98,7 +100,7 @@ def test_a_value_of_somebody_else_is_none(redis_server, sqlite_store):
     embeddings.put({"short": VALUE}, NEW)
     (key,) = embeddings._redis.keys("persona:default:short:*")
     embeddings._redis.set(key, b"short")
-    assert embeddings.get(["short"], NEW) == {}
+    assert embeddings.get(["short"], NEW) == embeddings.revisions(["short"], NEW) == {}
 
 
 @pytest.mark.parametrize("url", ["redis", "memcached://x:hunter2@y", "", "redis://x:hunter2@y:port/0", "STORE"])
