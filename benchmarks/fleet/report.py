@@ -86,8 +86,8 @@ def load(found: dict) -> str:
         for name, row in ratios.items()
     ]
     tail = (
-        f"{'; '.join(said)} (interval over {config['rounds']} rounds). {found['machine']['name']} for callers, gateways, "
-        f"nginx, "
+        f"{'; '.join(said)} (interval over {config['rounds']} rounds). {found['machine']['name']} for callers, "
+        f"gateways, nginx, "
         f"PostgreSQL, Redis and a stand-in for vLLM. An event written through one server was in an answer of the other "
         f"{seen['p50_ms']} ms after its acknowledgement (median of {seen['turns']}; at most {seen['max_ms']} ms). Made "
         f"by "
