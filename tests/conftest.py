@@ -2,8 +2,11 @@
 
 import io
 import os
+import socket
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+import threading
+import time
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import uvicorn
 from local_servers import Postgres, Redis
 from transformers import (
     AutoModelForCausalLM,
@@ -227,6 +231,29 @@ def engine(llm_path):
     return VLLMEngine(
         llm_path, max_model_len=512, max_num_seqs=8, enable_prefix_caching=True, kv_cache_memory_bytes=64 * 2**20
     )
+
+
+@contextmanager
+def _app_server(app, **options):
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, **{"log_config": None, "lifespan": "on", **options}))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def app_server():
+    """Runs an ASGI application on a free port: `with app_server(app) as url`."""
+    return _app_server
 
 
 def _started(server):

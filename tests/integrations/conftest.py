@@ -6,15 +6,12 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
-import uvicorn
 import yaml
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
@@ -94,24 +91,6 @@ class Recorder:
         return body, headers
 
 
-@contextmanager
-def _serving(app):
-    """Runs an ASGI application on a free port; gives its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.005)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join(10)
-        listener.close()
-
-
 @pytest.fixture(scope="session")
 def examples():
     """The README's blocks of code, by name."""
@@ -120,9 +99,9 @@ def examples():
 
 
 @pytest.fixture(scope="session")
-def _recorder():
+def _recorder(app_server):
     recorder = Recorder()
-    with _serving(recorder.app) as recorder.url:
+    with app_server(recorder.app) as recorder.url:
         yield recorder
 
 
@@ -134,7 +113,7 @@ def recorder(_recorder):
 
 
 @pytest.fixture(scope="session")
-def gateway(_recorder, llm_path, vocabulary, text_encoder, tmp_path_factory):
+def gateway(app_server, _recorder, llm_path, vocabulary, text_encoder, tmp_path_factory):
     """URL of the real gateway with an untrained adapter, in front of the recording server; it knows ana and ben."""
     torch.manual_seed(1)
     shape = EncoderConfig(width=32, heads=2, layers=2, tokens=4, max_events=64, dropout=0.0)
@@ -146,7 +125,7 @@ def gateway(_recorder, llm_path, vocabulary, text_encoder, tmp_path_factory):
         for user, words in (("ana", ("violin", "drum")), ("ben", ("spade", "hose"))):
             store.append(user, [Event("purchase", float(i), text=word) for i, word in enumerate(words)])
         service = Service(config, Encoding(config, model, store), store)
-        with _serving(PersonaMiddleware(forwarding(config), service)) as url:
+        with app_server(PersonaMiddleware(forwarding(config), service)) as url:
             yield url
         service.close()
 

@@ -10,13 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import pytest
-import uvicorn
 import yaml
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
@@ -94,32 +93,15 @@ def upstream():
 
 
 @pytest.fixture
-def serve():
+def serve(app_server):
     """Runs an ASGI application on a free port; gives its address and a way to stop it. Stopped when the test ends."""
     with ExitStack() as running:
 
         def start(app):
             one = running.enter_context(ExitStack())
-            return SimpleNamespace(address=one.enter_context(_serving(app)), stop=one.close)
+            return SimpleNamespace(address=one.enter_context(app_server(app)).removeprefix("http://"), stop=one.close)
 
         yield start
-
-
-@contextmanager
-def _serving(app):
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.005)
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join(10)
-        listener.close()
 
 
 def _free_port():

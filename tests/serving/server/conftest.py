@@ -4,15 +4,13 @@ import asyncio
 import base64
 import io
 import json
-import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -264,35 +262,11 @@ def counted():
     return counted
 
 
-@contextmanager
-def _serving(app, **options):
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, **{"log_config": None, "lifespan": "on", **options}))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.005)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join(10)
-        listener.close()
-
-
 @pytest.fixture
-def serve():
+def serve(app_server):
     """Runs an ASGI application on a free port until the test ends; gives its URL."""
-    running = []
-
-    def start(app, **options):
-        running.append(_serving(app, **options))
-        return running[-1].__enter__()
-
-    yield start
-    for server in reversed(running):
-        server.__exit__(None, None, None)
+    with ExitStack() as running:
+        yield lambda app, **options: running.enter_context(app_server(app, **options))
 
 
 def wait_for(condition, seconds=10.0):
