@@ -96,11 +96,15 @@ class Server:
         return self._process.pid
 
     def __enter__(self):
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc) -> None:
-        if self._process.poll() is None:
+        if self._process and self._process.poll() is None:
             self.stop(signal.SIGQUIT if self._account else signal.SIGTERM)  # PostgreSQL's is without a last checkpoint
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -168,13 +172,13 @@ class Redis(Server):
 
     def __init__(self, persistent: bool = False):
         super().__init__()
-        self._persistent = persistent
+        self._program, self._persistent = program("redis-server"), persistent
 
     def command(self) -> list[str]:
         """See `Server`."""
         keep = ["--appendonly", "yes"] if self._persistent else ["--appendonly", "no"]
         where = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.folder)]
-        return [program("redis-server"), *where, "--save", "", *keep]
+        return [self._program, *where, "--save", "", *keep]
 
     def empty(self) -> None:
         """Erases all keys."""

@@ -4,7 +4,8 @@
 
 Nothing of it was run. Sizes and rates come from fleet-points.json, fleet-refresh.json and fleet-load.json beside --out;
 habits of users and sizes of machines are the arguments, and stand in the result. Rates grow with cores in proportion,
-which two cores cannot show.
+which two cores cannot show; a gateway's is divided by all cores, though callers, nginx, databases and the stand-in for
+vLLM had their share of them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def plan(points: dict, refresh: dict, load: dict, asked: argparse.Namespace) -> 
     vectors = users * database["bytes_per_user_of_embedding"]
     # A state is kept while its user is at it: those of the busiest hour.
     hot = users * asked.active * asked.peak / 24
-    states = hot * redis["state_bytes"] * redis["bytes_per_user_of_embedding"] / points["config"]["embedding_bytes"]
+    states = hot * redis["state_bytes"]  # beside which what Redis needs for a key is little
     calls = users * asked.active * asked.calls * asked.peak / DAY
     writes = users * asked.active * asked.writes * asked.peak / DAY
     one = load["results"][f"one gateway, {asked.callers} callers"]["per_second"]

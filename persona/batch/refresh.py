@@ -76,6 +76,7 @@ def refresh(
     tenant: str = "default",
     out: str | Path | None = None,
     cache: str | None = None,
+    cache_ttl: float = 7 * 86400.0,
     instructions: Sequence[str] = ("",),
     dim: int | None = None,
     tokens: int | None = None,
@@ -112,7 +113,7 @@ def refresh(
     if events is not None:
         plan = _files_to_parts(embed, events, out, batch_size, overwrite, say)
     else:
-        plan = _from_store(embed, store, tenant, out, cache, batch_size, overwrite)
+        plan = _from_store(embed, store, tenant, out, cache, cache_ttl, batch_size, overwrite)
     if plan.unknown:
         say(unknown_listing(plan.unknown))
     refreshed, skipped, unknown = 0, plan.skipped, Counter(plan.unknown)
@@ -171,6 +172,7 @@ def _from_store(
     tenant: str,
     out: str | Path | None,
     cache: str | None,
+    cache_ttl: float,
     batch_size: int,
     overwrite: bool,
 ) -> _Plan:
@@ -180,11 +182,11 @@ def _from_store(
         if not parts:
             raise PersonaError(f"the event store has no events of the tenant {tenant!r}")
         if cache is not None:
-            open_embeddings(cache, store).check()
+            open_embeddings(cache, store, ttl=cache_ttl).check()
     users = sum(part["users"][0].as_py() for part in parts)
     arguments = {"store": url, "tenant": tenant}
     if cache is not None:
-        return _Plan(StoreToCache, {**arguments, "cache": cache}, parts, users, 0, {})
+        return _Plan(StoreToCache, {**arguments, "cache": cache, "ttl": cache_ttl}, parts, users, 0, {})
     manifest = {
         "revision": embed.revision,
         "instructions": list(embed.instructions),

@@ -112,14 +112,14 @@ class StoreToParts(StoreWork):
 class StoreToCache(StoreWork):
     """States of users to the shared cache, for servers to read; of those whose state is of an older revision."""
 
-    def __init__(self, embed: EmbedUsers, store: str, tenant: str, cache: str):
+    def __init__(self, embed: EmbedUsers, store: str, tenant: str, cache: str, ttl: float):
         super().__init__(embed, store, tenant)
-        self.cache_url, self.space = cache, space_name(embed.revision)
+        self.cache_url, self.ttl, self.space = cache, ttl, space_name(embed.revision)
 
     @cached_property
     def cache(self) -> EmbeddingStore:
         """Opened at the first part."""
-        return open_embeddings(self.cache_url, self.store)
+        return open_embeddings(self.cache_url, self.store, ttl=self.ttl)
 
     def do(self, part: dict[str, Any]) -> tuple[int, Mapping[str, int]]:
         """Encodes `READ` users at a time, so that an actor never holds more states."""
@@ -145,6 +145,6 @@ class StoreToCache(StoreWork):
         self.cache.put(values, self.space, tenant=self.tenant)
         now = self.store.revisions(list(values), tenant=self.tenant)
         for user, revision in now.items():
-            if not revision:  # forgotten meanwhile, perhaps before we wrote
+            if revision != revisions[user]:  # perhaps forgotten meanwhile, before we wrote
                 self.cache.forget(user, tenant=self.tenant)
         return histories, [user for user, revision in now.items() if revision and revision != revisions[user]]

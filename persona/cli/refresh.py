@@ -22,6 +22,12 @@ def refresh(
         str | None,
         typer.Option(help="Where to write states that servers read, instead of a folder: store, or a Redis URL."),
     ] = None,
+    cache_ttl: Annotated[
+        float,
+        typer.Option(
+            envvar="PERSONA_CACHE_TTL", help="Seconds that Redis keeps a state; those up to date are not renewed."
+        ),
+    ] = 7 * 86400.0,
     instruction: Annotated[
         list[str] | None,
         typer.Option(help="What the embeddings are for; repeat for several, leave out for general ones."),
@@ -49,6 +55,7 @@ def refresh(
         tenant=tenant,
         out=out,
         cache=cache,
+        cache_ttl=cache_ttl,
         instructions=instruction or [""],
         dim=dim,
         tokens=tokens,

@@ -31,6 +31,7 @@ try:
     from fastapi import HTTPException
     from litellm.constants import LITELLM_PROXY_ADMIN_NAME
     from litellm.integrations.custom_logger import CustomLogger
+    from litellm.proxy._types import UserAPIKeyAuth
 except ImportError as error:
     raise MissingExtraError(
         f"the LiteLLM hook needs LiteLLM's proxy ({error}): pip install 'persona[litellm]'"
@@ -58,7 +59,10 @@ class PersonaHook(CustomLogger):
             return None
         if call_type not in CALLS:  # LiteLLM makes a chat of some, and comes here again; it would cache them out here
             return {**kwargs, "cache": UNCACHED}
-        return {**_bound(kwargs, _metadata(kwargs).get("user_api_key_auth")), "cache": UNCACHED}
+        caller = _metadata(kwargs).get("user_api_key_auth")
+        if not isinstance(caller, UserAPIKeyAuth):  # a fallback in the request may bring metadata of its own, in JSON
+            caller = None
+        return {**_bound(kwargs, caller), "cache": UNCACHED}
 
     async def async_post_call_response_headers_hook(
         self, data: dict, user_api_key_dict: Any, response: Any, request_headers: Any = None

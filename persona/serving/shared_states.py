@@ -11,7 +11,7 @@ import torch
 
 from persona.encoders import UserState
 from persona.encoders.state_bytes import ReadState, state_from_bytes, state_to_bytes
-from persona.errors import PersonaError
+from persona.errors import CheckpointError, PersonaError
 from persona.history import Event
 from persona.store import EmbeddingStore, Stored
 
@@ -45,9 +45,11 @@ class SharedStates:
         try:
             found = self.embeddings.get([user], self.space, tenant=tenant).get(user)
             return found and Shared(found.revision, state_from_bytes(found.value, self.device))
+        except CheckpointError as error:
+            log.warning("a state in the shared cache is made anew: %s", error)
         except PersonaError as error:
             self._failed(error)
-            return None
+        return None
 
     def put(
         self, user: str, revision: int, state: UserState, events: Sequence[Event], *, tenant: str = "default"

@@ -138,8 +138,11 @@ class UserStates:
 
     def _share(self, user: str, tenant: str, revision: int, state: UserState, history: History) -> None:
         self.shared.put(user, revision, state, history.events, tenant=tenant)
-        if not self.store.revision(user, tenant=tenant):  # forgotten by another process, perhaps before this was put
+        now = self.store.revision(user, tenant=tenant)
+        if now != revision:  # perhaps forgotten by another process, which has found nothing of this to erase
             self.shared.forget(user, tenant=tenant)
+        if not now:
+            self._find((tenant, user), now)
 
     def made(self, state: UserState, instruction: InstructionState, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `make` gives for a user's state and an instruction's, kept for when both are asked for again."""

@@ -27,7 +27,8 @@ _AS_TENANT = sa.text("SELECT set_config('persona.tenant', :tenant, true)")
 class Database:
     """Connections to one database. Safe to share between threads; several processes may open the same database.
 
-    `timeout`: seconds that an operation waits for others to release SQLite's lock, or to connect to PostgreSQL.
+    `timeout`: seconds that an operation waits for others to release SQLite's lock; that connecting to PostgreSQL and
+    each of its statements may take.
     `upgrade`: whether a database of an older schema is brought to this version's, in place of being refused.
 
     Raises `PersonaError` for a URL that is none, a missing driver, a database that cannot be used, and a schema of
@@ -129,8 +130,13 @@ def _parse(url: str | sa.URL) -> sa.URL:
 def _options(url: sa.URL, timeout: float) -> dict[str, Any]:
     if url.get_backend_name() == "postgresql":
         # A connection that the server has closed is replaced when it is next taken.
-        connect = {"connect_timeout": max(2, round(timeout))}  # libpq takes less than 2 for 2
-        return {"pool_pre_ping": True, "pool_size": 8, "max_overflow": 8, "connect_args": connect}
+        connect: dict[str, Any] = {"connect_timeout": max(2, round(timeout))}  # libpq takes less than 2 for 2
+        # Neither a server that has vanished nor one that others hold up keeps a thread for longer.
+        limit = round(1000 * timeout)
+        connect |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": limit}
+        connect["options"] = f"-c statement_timeout={limit} -c lock_timeout={limit}"
+        pool = {"pool_size": 8, "max_overflow": 8, "pool_timeout": timeout}
+        return {"pool_pre_ping": True, "connect_args": connect, **pool}
     if url.database in (None, "", ":memory:"):
         # A database in memory lives in its one connection, which threads then take turns with.
         one = {"poolclass": sa.QueuePool, "pool_size": 1, "max_overflow": 0}

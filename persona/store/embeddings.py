@@ -30,7 +30,7 @@ class EmbeddingStore(Protocol):
     """
 
     def get(self, users: Sequence[str], space: str, *, tenant: str = "default") -> dict[str, Stored]:
-        """The values of those of `users` that have one, in one round trip."""
+        """The values of those of `users` that have one, a thousand in a round trip."""
 
     def revisions(self, users: Sequence[str], space: str, *, tenant: str = "default") -> dict[str, int]:
         """The revisions of those of `users` that have a value, without reading the values."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import sqlalchemy as sa
 
@@ -12,6 +12,8 @@ from persona.store.embeddings import Stored
 from persona.store.events import EventStore
 from persona.store.schema import embeddings as _embeddings
 
+_BATCH = 1000
+"""Users of one query."""
 _KEY = [_embeddings.c.tenant, _embeddings.c.user_id, _embeddings.c.space]
 
 
@@ -24,20 +26,16 @@ class SqlEmbeddings:
     def get(self, users: Sequence[str], space: str, *, tenant: str = "default") -> dict[str, Stored]:
         """See `EmbeddingStore`."""
         query = sa.select(_embeddings.c.user_id, _embeddings.c.revision, _embeddings.c.value)
-        query = query.where(*_of(users, tenant), _embeddings.c.space == space)
-        with self._database.begin(tenant) as connection:
-            return {user: Stored(revision, value) for user, revision, value in connection.execute(query)}
+        return {user: Stored(revision, value) for user, revision, value in self._rows(query, users, space, tenant)}
 
     def revisions(self, users: Sequence[str], space: str, *, tenant: str = "default") -> dict[str, int]:
         """See `EmbeddingStore`."""
         query = sa.select(_embeddings.c.user_id, _embeddings.c.revision)
-        query = query.where(*_of(users, tenant), _embeddings.c.space == space)
-        with self._database.begin(tenant) as connection:
-            return dict(connection.execute(query).all())
+        return dict(map(tuple, self._rows(query, users, space, tenant)))
 
     def put(self, values: Mapping[str, Stored], space: str, *, tenant: str = "default") -> None:
         """See `EmbeddingStore`."""
-        _of(list(values), tenant)
+        _check(list(values), tenant)
         rows = [
             {"tenant": tenant, "user_id": user, "space": space, "revision": stored.revision, "value": stored.value}
             for user, stored in sorted(values.items())  # in the same order everywhere, so that no two writers deadlock
@@ -50,7 +48,8 @@ class SqlEmbeddings:
 
     def forget(self, user: str, *, tenant: str = "default") -> None:
         """See `EmbeddingStore`. `EventStore.forget` has done it already, and erases the bytes too."""
-        query = _embeddings.delete().where(*_of([user], tenant))
+        _check([user], tenant)
+        query = _embeddings.delete().where(_embeddings.c.tenant == tenant, _embeddings.c.user_id == user)
         with self._database.begin(tenant) as connection:
             connection.execute(query)
 
@@ -75,9 +74,17 @@ class SqlEmbeddings:
     def close(self) -> None:
         """Nothing: the connections are the event store's."""
 
+    def _rows(self, query: sa.Select, users: Sequence[str], space: str, tenant: str) -> Iterator[sa.Row]:
+        """What `query` gives of the users, so few at a time that no database has too many parameters."""
+        _check(users, tenant)
+        query = query.where(_embeddings.c.tenant == tenant, _embeddings.c.space == space)
+        for start in range(0, len(users), _BATCH):
+            with self._database.begin(tenant) as connection:
+                part = query.where(_embeddings.c.user_id.in_(users[start : start + _BATCH]))
+                yield from connection.execute(part).all()
 
-def _of(users: Sequence[str], tenant: str) -> list[sa.ColumnElement[bool]]:
+
+def _check(users: Sequence[str], tenant: str) -> None:
     for user in users:
         check_user(user)
     check_tenant(tenant)
-    return [_embeddings.c.tenant == tenant, _embeddings.c.user_id.in_(users)]

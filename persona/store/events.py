@@ -83,20 +83,22 @@ class EventStore:
     def histories(
         self, users: Sequence[str], last: int | None = None, *, tenant: str = "default"
     ) -> dict[str, History]:
-        """What `history` gives for each of many users, in one query."""
-        mine, found = self._of_all(users, tenant), dict.fromkeys(users, ())
+        """What `history` gives for each of many users, a thousand in a query."""
+        found: dict[str, tuple[Event, ...]] = dict.fromkeys(users, ())
         newest = sa.over(
             sa.func.row_number(),
             partition_by=[_events.c.user_id, _events.c.timestamp.is_(None)],
             order_by=[_events.c.timestamp.desc(), _events.c.seq.desc()],
         )
-        rows = sa.select(*_FIELDS, _events.c.seq, _events.c.user_id, newest.label("age")).where(mine).subquery()
-        query = rows.select().order_by(rows.c.user_id, rows.c.seq)
-        if last is not None:
-            query = query.where(rows.c.timestamp.is_(None) | (rows.c.age <= last))
-        with self.database.begin(tenant) as connection:
-            for user, own in groupby(connection.execute(query), key=lambda row: row.user_id):
-                found[user] = tuple(_event(row) for row in own)
+        columns = [*_FIELDS, _events.c.seq, _events.c.user_id, newest.label("age")]
+        for mine in self._of_all(users, tenant):
+            rows = sa.select(*columns).where(mine).subquery()
+            query = rows.select().order_by(rows.c.user_id, rows.c.seq)
+            if last is not None:
+                query = query.where(rows.c.timestamp.is_(None) | (rows.c.age <= last))
+            with self.database.begin(tenant) as connection:
+                for user, own in groupby(connection.execute(query), key=lambda row: row.user_id):
+                    found[user] = tuple(_event(row) for row in own)
         return {user: History(user, events) for user, events in found.items()}
 
     def count(self, user: str, *, tenant: str = "default") -> int:
@@ -134,12 +136,14 @@ class EventStore:
         return _revision(newest, count)
 
     def revisions(self, users: Sequence[str], *, tenant: str = "default") -> dict[str, int]:
-        """What `revision` gives for each of many users, in one query."""
+        """What `revision` gives for each of many users, a thousand in a query."""
+        found = dict.fromkeys(users, 0)
         query = sa.select(_events.c.user_id, sa.func.max(_events.c.seq), sa.func.count())
-        query = query.where(self._of_all(users, tenant)).group_by(_events.c.user_id)
-        with self.database.begin(tenant) as connection:
-            found = {user: _revision(newest, count) for user, newest, count in connection.execute(query)}
-        return {user: found.get(user, 0) for user in users}
+        for mine in self._of_all(users, tenant):
+            with self.database.begin(tenant) as connection:
+                for user, newest, count in connection.execute(query.where(mine).group_by(_events.c.user_id)):
+                    found[user] = _revision(newest, count)
+        return found
 
     def export(self, user: str, *, tenant: str = "default") -> Iterator[dict[str, Any]]:
         """All that is stored of the user, in order of arrival, as dicts that `append` takes back."""
@@ -204,11 +208,13 @@ class EventStore:
         check_tenant(tenant)
         return sa.and_(_events.c.tenant == tenant, _events.c.user_id == user)
 
-    def _of_all(self, users: Sequence[str], tenant: str) -> sa.ColumnElement[bool]:
+    def _of_all(self, users: Sequence[str], tenant: str) -> list[sa.ColumnElement[bool]]:
+        """Conditions of so few users each that no database has too many parameters."""
         for user in users:
             check_user(user)
         check_tenant(tenant)
-        return sa.and_(_events.c.tenant == tenant, _events.c.user_id.in_(users))
+        parts = [users[start : start + _PAGE] for start in range(0, len(users), _PAGE)]
+        return [sa.and_(_events.c.tenant == tenant, _events.c.user_id.in_(part)) for part in parts]
 
 
 def _revision(newest: int | None, count: int) -> int:

@@ -79,6 +79,8 @@ def _migrate(engine: sa.Engine) -> None:
     with engine.begin() as connection:
         # Whoever comes second waits here, and then finds nothing to do.
         sqlite = engine.dialect.name == "sqlite"
+        if not sqlite:  # may take its time
+            connection.exec_driver_sql("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if sqlite else f"SELECT pg_advisory_xact_lock({_LOCK})")
         command.upgrade(alembic_config(connection), HEAD)
 

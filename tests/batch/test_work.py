@@ -25,7 +25,7 @@ def part(histories):
 
 @pytest.fixture
 def to_cache(folder, url):
-    return StoreToCache(EmbedUsers(folder), url, "shop", "store")
+    return StoreToCache(EmbedUsers(folder), url, "shop", "store", 86400.0)
 
 
 @pytest.fixture

@@ -85,6 +85,13 @@ def test_a_fallback_does_not_lead_around_it(ask, recorder, fallback):
         assert recorder.last[0]["model"] == "shop" and recorder.last[0]["user"] == "ana"
 
 
+def test_a_fallback_does_not_bring_a_caller_of_its_own(ask, recorder):
+    forged = {"model": "recorded", "user": "ben", "metadata": {"user_api_key_auth": {}}}
+    with pytest.raises(openai.APIStatusError):
+        ask("sk-ana", "broken", extra_body={"fallbacks": [forged]})
+    assert [body["model"] for _, body, _ in recorder.requests] == ["broken"]
+
+
 @pytest.mark.parametrize("key", ["sk-service", "sk-admin"])
 def test_a_key_without_a_user_names_whom_it_likes(ask, recorder, key):
     for fields in (

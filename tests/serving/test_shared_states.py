@@ -115,7 +115,24 @@ def test_what_comes_into_the_cache_after_a_user_was_forgotten_elsewhere_goes_aga
 
     shared.put = late
     two[0].get("ana")
-    assert embeddings.get(["ana"], SPACE) == {} and two[0].get("ana") is None
+    assert embeddings.get(["ana"], SPACE) == {} and ("default", "ana") not in two[0]
+    assert two[0].get("ana") is None
+
+
+def test_who_is_forgotten_and_comes_back_while_being_encoded_leaves_nothing_old(two, store, embeddings):
+    store.append("ana", EVENTS)
+    shared, put = two[0].shared, two[0].shared.put
+
+    def late(*args, **kwargs):
+        shared.put = put
+        two[1].forget("ana")
+        store.append("ana", [Event("purchase", 9.0, text="somebody new")])
+        put(*args, **kwargs)
+
+    shared.put = late
+    two[0].get("ana")
+    assert embeddings.get(["ana"], SPACE) == {}
+    assert two[0].get("ana").events == two[1].get("ana").events == 1
 
 
 def test_tenants_share_nothing(two, store, reads):
@@ -139,7 +156,8 @@ def test_damaged_values_are_encoded_anew(two, store, embeddings, caplog):
     found = embeddings.get(["ana"], SPACE)["ana"]
     embeddings.put({"ana": found._replace(value=found.value[:-5])}, SPACE)
     assert two[1].get("ana").events == 3
-    assert "the shared cache is not used" in caplog.text and "no user's state" in caplog.text
+    assert "a state in the shared cache is made anew" in caplog.text and "not used" not in caplog.text
+    assert embeddings.get(["ana"], SPACE) == {"ana": found}
 
 
 def test_a_cache_that_is_away_costs_personalisation_nothing(encoder, store, redis_server, caplog):

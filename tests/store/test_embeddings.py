@@ -45,6 +45,7 @@ def test_forget_erases_a_user_in_all_spaces_and_nobody_else(embeddings):
 def test_spaces_are_counted_and_dropped(embeddings):
     assert embeddings.spaces() == {}
     embeddings.put({f"u{n}": VALUE for n in range(2500)}, OLD)
+    assert embeddings.revisions([f"u{n}" for n in range(70_000)], OLD) == {f"u{n}": VALUE.revision for n in range(2500)}
     embeddings.put({"u1": VALUE}, NEW)
     embeddings.put({"u1": VALUE}, space_name("2c3d", "vector", ["What next?"]), tenant="shop")
     assert embeddings.spaces() == {OLD: 2500, NEW: 1}

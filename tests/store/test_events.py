@@ -138,6 +138,8 @@ def test_many_users_are_read_as_each_of_them_is(store):
         assert store.histories(users, last) == {user: store.history(user, last=last) for user in users}
     assert store.revisions(users) == {user: store.revision(user) for user in users}
     assert store.histories([]) == {} and store.revisions([]) == {}
+    many = [f"user {n}" for n in range(70_000)]  # more than a statement may have parameters
+    assert store.revisions([*many, "a"]) == {**dict.fromkeys(many, 0), "a": store.revision("a")}
 
 
 def test_users_come_in_pages_in_the_order_that_python_sorts_them(store):

@@ -28,6 +28,16 @@ def _is_partition(name):
     return name is not None and name.rpartition("_")[2].isdigit()
 
 
+def test_a_file_from_before_there_were_migrations_is_taken_over(path):
+    with EventStore(f"sqlite:///{path}") as store, store.database.begin() as connection:
+        for table in (schema.VERSION_TABLE, "persona_embeddings"):
+            connection.execute(sa.text(f"DROP TABLE {table}"))
+        connection.execute(sa.text("INSERT INTO persona_events VALUES (7,'t','ana','e','s',1,'x',NULL,NULL,'{}')"))
+    with EventStore(f"sqlite:///{path}") as store:
+        assert store.count("ana", tenant="t") == 1
+        open_embeddings("store", store).check()
+
+
 def test_an_older_schema_is_refused_until_it_is_upgraded(path, run):
     with EventStore(f"sqlite:///{path}") as store, store.database.begin() as connection:
         connection.execute(sa.text(f"UPDATE {schema.VERSION_TABLE} SET version_num = '0000'"))
@@ -115,6 +125,16 @@ def test_a_server_that_restarts_is_used_again(postgres, postgres_url):
         with pytest.raises(PersonaError, match="the event store events cannot be used"):
             store.count("ana")
         postgres.start()
+        assert store.count("ana") == 1
+
+
+def test_a_statement_that_others_hold_up_is_given_up(postgres, postgres_url):
+    with EventStore(postgres_url, timeout=0.3) as store:
+        store.append("ana", [Event("s", 1.0)])
+        with postgres.connect("events") as other:
+            other.execute("BEGIN; LOCK TABLE persona_events")
+            with pytest.raises(PersonaError, match="canceling statement due to"):
+                store.count("ana")
         assert store.count("ana") == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -20,7 +20,7 @@ from persona.serving.server.encoding import STORE_TIMEOUT, Encoding, Made, log_e
 from persona.serving.server.errors import Refused
 from persona.serving.server.metrics import Metrics
 from persona.serving.server.process import EncodingLostError, EncodingProcess
-from persona.store import EventStore
+from persona.store import EventStore, open_embeddings
 
 
 class Service:
@@ -92,9 +92,17 @@ class Service:
         try:
             return await self.encoding.call("forget", user, tenant)
         except EncodingLostError:  # and with it all that it had in memory
-            erased = await run_in_threadpool(self.store.forget, user, tenant=tenant)
+            erased = await run_in_threadpool(self._forget_here, user, tenant)
         with suppress(EncodingLostError):  # the next one may have read the user meanwhile
             await self.encoding.call("forget", user, tenant)
+        return erased
+
+    def _forget_here(self, user: str, tenant: str) -> int:
+        """Erases a user in the store and in the shared cache, without the encoding process."""
+        erased = self.store.forget(user, tenant=tenant)
+        if self.config.cache_url:
+            with closing(open_embeddings(self.config.cache_url, self.store)) as embeddings:
+                embeddings.forget(user, tenant=tenant)
         return erased
 
     async def not_ready(self) -> str | None:

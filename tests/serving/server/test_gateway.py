@@ -205,7 +205,9 @@ def test_bad_upstreams(url):
 
 def test_the_whole_from_an_adapter_folder(serve, vllm, model, tmp_path, store, ana):
     folder = model.save_pretrained(tmp_path / "adapter")
-    config = ServerConfig(adapter=str(folder), store=str(store.database.url), upstream=serve(vllm.app), budget_ms=20_000)
+    config = ServerConfig(
+        adapter=str(folder), store=str(store.database.url), upstream=serve(vllm.app), budget_ms=20_000
+    )
     reply = httpx.post(serve(gateway(config)) + CHAT, json=asked())
     assert reply.headers["x-persona"] == "personalized"
 

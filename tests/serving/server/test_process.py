@@ -14,6 +14,7 @@ from persona.serving.server.config import ServerConfig
 from persona.serving.server.encoding import Encoding
 from persona.serving.server.process import EncodingLostError, EncodingProcess, _message, _read, _serve
 from persona.serving.server.service import Service
+from persona.store import Stored, open_embeddings
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "What next?"}]}
@@ -133,6 +134,24 @@ def test_errors_of_the_store_arrive_as_they_are(shared, database, ana):
                 (elsewhere / file.name).rename(file)
 
     assert shared.run(work).outcome == Outcome(False, "failed")
+
+
+def test_who_is_forgotten_while_the_process_is_away_goes_from_the_shared_cache_too(
+    shared, config, store, ana, redis_server
+):
+    embeddings = open_embeddings(redis_server.url, store)
+    embeddings.put({ana: Stored(1, b"a state")}, "0a1b:state")
+
+    async def work(process):
+        service = Service(config.model_copy(update={"cache_url": redis_server.url}), process, store)
+        process._process.kill()
+        while await service.not_ready() != "the encoding process is being started":
+            await asyncio.sleep(0.01)
+        erased = await service.forget(ana, "default")
+        await again(process)
+        return erased
+
+    assert shared.run(work) == 2 and embeddings.get([ana], "0a1b:state") == {}
 
 
 def test_a_process_that_is_killed_is_started_again_and_calls_are_answered_meanwhile(shared, config, store, ana, caplog):

@@ -23,6 +23,7 @@ def upgrade() -> None:
 
 
 def _sqlite() -> None:
+    # A file may have its events from before there were migrations, in this very form.
     op.create_table(
         "persona_events",
         sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
@@ -37,8 +38,10 @@ def _sqlite() -> None:
         sa.Column("attributes", sa.Text, nullable=False),
         sa.UniqueConstraint("tenant", "user_id", "event_id"),
         sqlite_autoincrement=True,
+        if_not_exists=True,
     )
-    op.create_index("persona_events_by_time", "persona_events", ["tenant", "user_id", "timestamp", "seq"])
+    columns = ["tenant", "user_id", "timestamp", "seq"]
+    op.create_index("persona_events_by_time", "persona_events", columns, if_not_exists=True)
     op.create_table(
         "persona_embeddings",
         sa.Column("tenant", sa.Text, primary_key=True),
