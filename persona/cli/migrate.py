@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from persona.cli.common import quiet, say
 from persona.errors import PersonaError
+
+if TYPE_CHECKING:
+    from persona.history import History
+    from persona.history.event_files import EventFiles
 
 
 def migrate(
@@ -43,8 +47,9 @@ def migrate(
     from persona.encoders import UserEncoder
     from persona.encoders.drift import Drift, write_mapped
     from persona.encoders.embed_files import check_apart, encoder_folder, encoder_revision
-    from persona.encoders.stored_vectors import instructions_of, read_vectors
+    from persona.encoders.stored_vectors import instructions_of, read_manifest, read_vectors
     from persona.evaluation.drift import measure
+    from persona.history.event_files import EventFiles
     from persona.injection.llm import default_device
 
     check_apart(events, out)
@@ -60,7 +65,10 @@ def migrate(
         raise PersonaError(f"{old} holds vectors of this very encoder, {revision[:12]}; there is nothing to migrate")
     new = UserEncoder.from_pretrained(folder).to(default_device())
     tokens = new.check_count(tokens)
-    histories = _sample(events, set(before.users), sample, seed)
+    files = EventFiles(events)
+    if read_manifest(old).get("events") != files.digests:
+        say(f"{events} is not what {old} was made of: what users did since then counts as drift, too")
+    histories = _sample(files, set(before.users), sample, seed)
     say(f"encoding {len(histories)} of {len(before.users)} users with {revision[:12]}")
     drifts, recalls = {}, []
     for text, vectors in stored.items():
@@ -83,13 +91,11 @@ def migrate(
     say(f"wrote {out}: {count} vectors of {before.revision[:12]} mapped to {revision[:12]}")
 
 
-def _sample(events: Path, users: set[str], size: int, seed: int) -> list:
-    """Histories of at most `size` random users of `events` who are among `users`."""
+def _sample(files: EventFiles, users: set[str], size: int, seed: int) -> list[History]:
+    """Histories of at most `size` random users of `files` who are among `users`."""
     import numpy as np
 
-    from persona.history.event_files import EventFiles
-
-    files, found = EventFiles(events), []
+    found = []
     for number in np.random.default_rng(seed).permutation(len(files)):
         [history] = files.histories(int(number), int(number) + 1)
         if history.user in users:
@@ -97,5 +103,5 @@ def _sample(events: Path, users: set[str], size: int, seed: int) -> list:
         if len(found) == size:
             break
     if not found:
-        raise PersonaError(f"none of the users of {events} has a vector; bring the events that vectors were made of")
+        raise PersonaError("none of the users of these events has a vector; bring those that the vectors were made of")
     return found
