@@ -49,9 +49,10 @@ def main() -> None:
             replace_section(
                 README, "instruct-demo", "\n\n".join((objectives(result), controls(result, short=True), made(result)))
             )
-    hidden_file = RESULTS / "instruct-hidden.json"
-    if hidden_file.exists():
-        replace_section(DETAILS, "instruct-hidden", hidden(json.loads(hidden_file.read_text(encoding="utf-8"))))
+    for name in ("instruct-hidden", "instruct-hidden-movies"):
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            replace_section(DETAILS, name, hidden(json.loads(file.read_text(encoding="utf-8"))))
     cost = RESULTS / "instruct-cost.json"
     if cost.exists():
         replace_section(DETAILS, "instruct-cost", costs(json.loads(cost.read_text(encoding="utf-8"))))
