@@ -20,7 +20,9 @@ def refresh(
     out: Annotated[Path | None, typer.Option(help="Folder to write embeddings to, as Parquet.")] = None,
     cache: Annotated[
         str | None,
-        typer.Option(help="Where to write states that servers read, instead of a folder: store, or a Redis URL."),
+        typer.Option(
+            "--cache-url", help="Where to write states that servers read, instead of a folder: store, or a Redis URL."
+        ),
     ] = None,
     cache_ttl: Annotated[
         float,

@@ -80,7 +80,7 @@ def test_two_actors_finish_what_one_process_began_though_one_is_killed(ray, fold
 
 
 def test_the_verb_brings_a_cache_up_to_date(ray, run, folder, store, url, histories):
-    call = ("refresh", folder, "--store", url, "--tenant", "shop", "--cache", "store", "--batch-size", 16)
+    call = ("refresh", folder, "--store", url, "--tenant", "shop", "--cache-url", "store", "--batch-size", 16)
     done = run(*call)
     assert done.returncode == 0, done.stderr
     assert "wrote store: 40 users, 40 refreshed and 0 up to date already" in done.stderr

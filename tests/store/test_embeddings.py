@@ -111,8 +111,9 @@ def test_urls_that_cannot_work(sqlite_store, url):
     assert "hunter2" not in str(error.value)
 
 
-def test_a_server_that_is_not_there(sqlite_store):
-    embeddings = open_embeddings("redis://bob:hunter2@127.0.0.1:1/0", sqlite_store)
+@pytest.mark.parametrize("scheme", ["redis", "valkey"])
+def test_a_server_that_is_not_there(sqlite_store, scheme):
+    embeddings = open_embeddings(f"{scheme}://bob:hunter2@127.0.0.1:1/0", sqlite_store)
     for call in (embeddings.check, embeddings.spaces, lambda: embeddings.forget("u"), lambda: embeddings.get("u", NEW)):
         with pytest.raises(PersonaError, match=r"the Redis server 127\.0\.0\.1:1 cannot be used") as error:
             call()
