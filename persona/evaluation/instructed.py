@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -206,15 +205,3 @@ def event_texts(events: Sequence[Event]) -> Iterator[str]:
             yield event.text
         elif event.item_id is None:
             yield from (f"{name}: {value}" for name, value in event.attributes.items() if value is not None)
-
-
-def with_noise(history: History, pool: Sequence[Event], share: float, rng: np.random.Generator) -> History:
-    """The history with irrelevant events mixed in, `share` for each timed event, at random times among its own."""
-    timed = history.timed
-    count = round(share * len(timed))
-    if not count:
-        return history
-    first, last = timed[0].timestamp, timed[-1].timestamp
-    when = np.sort(rng.uniform(first, last, count))
-    drawn = [pool[i] for i in rng.integers(len(pool), size=count)]
-    return history.of([*history.events, *(replace(event, timestamp=float(t)) for event, t in zip(drawn, when))])

@@ -104,6 +104,10 @@ class TrainingConfig:
     embeddings without instructions."""
     drop_sources: float = 0.0
     """Share of training histories that lose one to all but one of their sources, so that missing ones are no harm."""
+    foreign_share: float = 0.0
+    """Share of training histories into which other users' events of some sources are mixed, up to two for each of their
+    own; what is asked then is about the other sources. So an encoder learns to leave out what an instruction is not
+    about (InstructUE's denoising). It does nothing where there is one source."""
     short_share: float = 0.25
     """Share of training histories cut down to 1-15 events, so that young users work too."""
     drop_events: float = 0.1
@@ -121,8 +125,8 @@ class TrainingConfig:
             raise ValueError(f"answer, contrastive and next-item weights are {weights}: none negative, one above 0")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
-        if not (0 <= self.empty_share <= 1 and 0 <= self.drop_sources < 1):
-            raise ValueError("empty_share and drop_sources are shares, the second below 1")
+        if not (0 <= self.empty_share <= 1 and 0 <= self.foreign_share <= 1 and 0 <= self.drop_sources < 1):
+            raise ValueError("empty_share, foreign_share and drop_sources are shares, the last below 1")
         if min(self.contrastive_dims, default=1) < 1 or self.contrastive_chunk < 0:
             raise ValueError("contrastive_dims must be above 0, and contrastive_chunk not negative")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from zlib import crc32
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from torch.utils.data import Dataset
 
 from persona.errors import DataError
-from persona.history import History
+from persona.history import Event, History
 from persona.injection.model import PersonalizedLM
 from persona.training.configs import TrainingConfig
+from persona.training.noise import MOST, foreign_events, with_noise
 from persona.training.processes import of_first
 from persona.training.questions import NO, YES, Question
+from persona.training.questions.cuts import Cut
 from persona.training.recipe import Domain
 
 PATIENCE = 1000
@@ -50,9 +53,13 @@ class Examples(Dataset):
     def __getitem__(self, index: int) -> Example:
         recipe = self.domain.recipe
         rng = np.random.default_rng([recipe.training.seed, 1, index])
+        foreign = recipe.training.foreign_share
         for _ in range(PATIENCE):
             cut = self.domain.training_cut(rng)
-            questions = self.domain.questions(cut, rng, training=True)
+            if foreign and rng.random() < foreign:
+                cut, questions = self._disturbed(cut, rng)
+            else:
+                questions = self.domain.questions(cut, rng, training=True)
             if questions:
                 break
         else:
@@ -60,6 +67,29 @@ class Examples(Dataset):
         most = recipe.training.questions_per_history
         picked = tuple(questions[i] for i in rng.permutation(len(questions))[:most])
         return Example(History(cut.history.user) if self.without_history else cut.history, picked, index)
+
+    @cached_property
+    def _pools(self) -> dict[str, list[Event]]:
+        """Training users' timed events, by source."""
+        pools: dict[str, list[Event]] = {}
+        for user in self.domain.train:
+            for event in self.domain.histories[user].timed:
+                pools.setdefault(event.source, []).append(event)
+        return pools
+
+    def _disturbed(self, cut: Cut, rng: np.random.Generator) -> tuple[Cut, list[Question]]:
+        """The cut with other users' events among its newest, which all fit the window; and what can still be asked."""
+        share, recipe = rng.random() * MOST, self.domain.recipe
+        clean = replace(cut, history=cut.history.last(max(1, int(recipe.window / (1 + share)))))
+        questions = self.domain.questions(clean, rng, training=True)
+        if not questions:
+            return cut, []
+        about = [recipe.questions[q.task].source for q in questions]
+        sources, pool = foreign_events(self._pools, about[rng.integers(len(about))], rng)
+        if not pool:
+            return clean, questions
+        kept = [q for q, source in zip(questions, about) if source not in sources]
+        return replace(clean, history=with_noise(clean.history, pool, share, rng)), kept
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """Right, empty and wrong instructions, noise, and the three ways to read an embedding."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
-from persona.evaluation.instructed import KINDS, Instructed, mean_text, with_noise
+from persona.evaluation.instructed import KINDS, Instructed, mean_text
 from persona.history import Event, History
 
 
@@ -71,17 +69,3 @@ def test_mean_texts(text_encoder):
     found = mean_text(text_encoder, History("u", events))
     assert np.allclose(found, vectors / vectors.norm(), atol=1e-6)
     assert not mean_text(text_encoder, History("u")).any()
-
-
-def test_noise_keeps_the_history_and_its_span():
-    own = History("u", tuple(Event("search", 10.0 * i, text=f"own {i}") for i in range(8)))
-    pool = [Event("app", 1e9, text=f"noise {i}") for i in range(50)]
-    rng = np.random.default_rng(0)
-    assert with_noise(own, pool, 0.0, rng) is own and len(with_noise(History("u"), pool, 2.0, rng)) == 0
-    for share in (0.25, 1.0, 2.0):
-        noisy = with_noise(own, pool, share, np.random.default_rng(0))
-        assert len(noisy) == round(8 * (1 + share))
-        assert [e for e in noisy.events if e.source == "search"] == list(own.events)
-        assert all(0 <= e.timestamp <= 70 for e in noisy.timed)
-        assert noisy == with_noise(own, pool, share, np.random.default_rng(0))
-    assert with_noise(own.of([replace(own.events[0])]), pool, 2.0, rng).timed[0].text == "own 0"
