@@ -26,7 +26,8 @@ from pydantic import TypeAdapter
 from persona.cli.common import quiet
 from persona.encoders import TextEncoder
 from persona.errors import PersonaError
-from persona.evaluation.instructed import KINDS, Instructed, with_noise
+from persona.evaluation.instructed import KINDS, Instructed
+from persona.training.noise import with_noise
 from persona.evaluation.runner import provenance, sizes
 from persona.history import History
 from persona.history.render import render_history

@@ -161,5 +161,8 @@ class LMConfig:
     """Whether the questions' text takes that loss, too: where a question brings a text of its own, like a paper."""
     plain_share: float = 0.1
     """Share of rows without a history."""
+    copy_share: float = 0.0
+    """Share of questions, of those that bring a text of their own, that are made exercises in copying: what follows
+    two words of the text? A large LM has learned to copy; one trained on a few million tokens has not."""
     seed: int = 0
     """Seed of everything random in building the LM."""

@@ -52,6 +52,8 @@ class Reading:
 
 
 Draw = Callable[[np.random.Generator], Reading]
+COPIED = 8
+"""Words that an exercise in copying asks for."""
 
 
 def build_reference_lm(domain: Domain, out: str | Path, *, steps: int | None = None, report_to: str = "none") -> Path:
@@ -141,6 +143,16 @@ def domain_readings(domain: Domain) -> Draw:
     return draw
 
 
+def copying(question: str, rng: np.random.Generator) -> tuple[str, str] | None:
+    """An exercise on a question's own text: two words of it, and the answer is those that follow; None if too short."""
+    words = question.split()
+    places = len(words) - 2 - COPIED
+    if places < COPIED:
+        return None
+    at = int(rng.integers(places)) + 2
+    return f'{question}\nWhat follows "{" ".join(words[at - 2 : at])}"?', " ".join(words[at : at + COPIED])
+
+
 def train_tokenizer(lines: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE fitted on `lines`, with the chat template of the reference LMs."""
     bpe = Tokenizer(models.BPE())
@@ -215,7 +227,7 @@ class PackedRows(Dataset):
             reading = self.draw(rng)
             plain = plain or not reading.history
             prefix = [] if plain else self._prefix(reading)
-            blocks = [self._block("" if plain else reading.glue, *pair) for pair in reading.questions]
+            blocks = [self._block("" if plain else reading.glue, *self._asked(*q, rng)) for q in reading.questions]
             if not blocks or used + len(prefix) + len(blocks[0][0]) > size:
                 if used:
                     return row
@@ -245,6 +257,11 @@ class PackedRows(Dataset):
         scored = np.flatnonzero(rng.random(len(ids)) < self.config.text_share)
         scored = scored[scored > 0]
         row["history_labels"][at + scored] = np.array(ids, np.int64)[scored]
+
+    def _asked(self, question: str, answer: str, rng: np.random.Generator) -> tuple[str, str]:
+        """The question, or an exercise in copying in its place."""
+        share = self.config.copy_share
+        return (copying(question, rng) if share and rng.random() < share else None) or (question, answer)
 
     def _prefix(self, reading: Reading) -> list[int]:
         """Token ids of the user's turn up to the end of the history."""

@@ -15,8 +15,10 @@ from persona.training.reference_lm import (
     IGNORE,
     PackedRows,
     PackedTrainer,
+    Reading,
     build_reference_lm,
     collate_rows,
+    copying,
     domain_readings,
 )
 
@@ -85,6 +87,24 @@ def test_a_context_too_small_for_any_row_is_an_error_and_not_an_endless_loop(dom
     small = PackedRows(domain_readings(domain), tokenizer, replace(domain.recipe.lm, context=8), size=1)
     with pytest.raises(RecipeError, match=r"lm\.context"):
         small[0]
+
+
+def test_copying_asks_for_words_of_the_question_and_only_where_it_is_long(domain, tokenizer):
+    text = " ".join(f"word{i}" for i in range(40))
+    for seed in range(20):
+        asked, answer = copying(text, np.random.default_rng(seed))
+        key = asked.removeprefix(f'{text}\nWhat follows "').removesuffix('"?')
+        assert f"{key} {answer}" in text and len(answer.split()) == 8
+    assert copying("What does this user buy most?", np.random.default_rng(0)) is None
+    config = replace(domain.recipe.lm, copy_share=1.0)
+    row, plain = (
+        PackedRows(lambda rng: Reading([], "", [(text, "none")]), tokenizer, c, 1)[0]
+        for c in (config, replace(config, copy_share=0.0))
+    )
+    assert "What follows" in tokenizer.decode(row["input_ids"]) and " none" not in tokenizer.decode(row["input_ids"])
+    assert "What follows" not in tokenizer.decode(plain["input_ids"])
+    short = PackedRows(domain_readings(domain), tokenizer, config, size=1)[0]  # questions too short for it
+    assert "What follows" not in tokenizer.decode(short["input_ids"])
 
 
 def test_loss_falls_on_answers_and_lightly_on_the_history(rows, llm_path):
