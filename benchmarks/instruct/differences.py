@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def claims(tables: Mapping[str, dict]) -> Iterator[tuple[str, str]]:
             yield f"noise: {row}", f"noise: 0%: {way}"
 
 
-def robustness(rows: Mapping[str, np.ndarray], asked: Instructed, only: Sequence[str]) -> dict:
+def robustness(rows: Mapping[str, np.ndarray], asked: Instructed) -> dict:
     """By how much less the right instruction loses to noise than the same way of reading it without one, by user."""
     result = {}
     for share in dict.fromkeys(name.split(": ")[0] for name in rows):
@@ -44,31 +44,30 @@ def robustness(rows: Mapping[str, np.ndarray], asked: Instructed, only: Sequence
         for way, others in {
             "llm": ("llm, empty", "text in the prompt"),
             "similarity": ("similarity, empty",),
-            "probe": ("probe, empty", "probe of mean text embeddings"),
+            "probe": (
+                "probe, empty",
+                "probe of mean text embeddings",
+                "probe of mean text embeddings, fitted on noise",
+            ),
         }.items():
             for other in others:
                 gained = lost(f"{way}, right") - lost(other)
-                result[f"{share}: {way}, right - {other}"] = summary(gained, asked, only)["mean"]
+                result[f"{share}: {way}, right - {other}"] = summary(gained, asked)["mean"]
     return result
 
 
-def difference(
-    tables: Mapping[str, dict], a: str, b: str, asked: Instructed, only: Sequence[str] | None = None
-) -> dict:
+def difference(tables: Mapping[str, dict], a: str, b: str, asked: Instructed) -> dict:
     """Mean difference of two rows on the tasks that both answer."""
     left, right = (tables[name][row] for name, row in (key.split(": ", 1) for key in (a, b)))
     if left.shape != right.shape:  # a probe answers some of the tasks
         index = [asked.tasks.index(task) for task in asked.probed]
         left, right = (v[:, index] if v.shape[1] == len(asked.tasks) else v for v in (left, right))
-    return summary(left - right, asked, only)
+    return summary(left - right, asked)
 
 
-def summary(values: np.ndarray, asked: Instructed, only: Sequence[str] | None = None) -> dict:
+def summary(values: np.ndarray, asked: Instructed) -> dict:
     """Mean and interval of each task and of their mean."""
     names = asked.tasks if values.shape[1] == len(asked.tasks) else asked.probed
-    if only is not None:
-        index = [i for i, name in enumerate(names) if name in only]
-        names, values = [names[i] for i in index], values[:, index]
     mean, (low, high) = mean_over_users(values), interval(values)
     return {
         name: {"acc": round(float(m), 4), "low": round(float(a), 4), "high": round(float(b), 4)}

@@ -133,8 +133,8 @@ def noise(result: dict) -> str:
         cells = [cell(rows[f"{share}: {way}"]["mean"]) for share in shares]
         lost = result["paired"][f"noise: {shares[-1]}: {way} - noise: 0%: {way}"]["mean"]
         lines.append(f"| {way} | " + " | ".join(cells) + f" | {cell(lost, signed=True)} |")
-    about, of = ", ".join(result["config"]["noise_tasks"]), ", ".join(result["config"]["noise"])
-    lines += ["", f"Mean over {about}; the events mixed in are other users' {of}.", ""]
+    of = ", ".join(result["config"]["noise"])
+    lines += ["", f"Mean over all tasks; mixed in are other users' {of}, but for the source that is asked about.", ""]
     lines += [head(["difference of the two differences to 0%", *(f"{share} noise" for share in shares[1:])])]
     for pair in dict.fromkeys(name.split(": ", 1)[1] for name in result["robustness"]):
         cells = [cell(result["robustness"][f"{share}: {pair}"], signed=True) for share in shares[1:]]
@@ -209,14 +209,19 @@ def plot(result: dict, file: Path) -> None:
     shares = list(dict.fromkeys(name.split(": ")[0] for name in rows))
     x = [float(share.rstrip("%")) for share in shares]
     panels = {
-        "Linear probe": ("probe, right", "probe, empty", "probe of mean text embeddings"),
+        "Linear probe": (
+            "probe, right",
+            "probe, empty",
+            "probe of mean text embeddings",
+            "probe of mean text embeddings, fitted on noise",
+        ),
         "Answered by the LLM": ("llm, right", "llm, empty", "text in the prompt"),
         "Nearest answer": ("similarity, right", "similarity, empty"),
     }
     names = {"right": "right instruction", "empty": "empty instruction"}
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for axes, (title, ways) in zip(figure.subplots(1, len(panels), sharey=True), panels.items()):
-        for way, marker in zip(ways, "os^"):
+        for way, marker in zip(ways, "os^v"):
             own = [rows[f"{share}: {way}"]["mean"] for share in shares]
             error = [[r["acc"] - r["low"] for r in own], [r["high"] - r["acc"] for r in own]]
             label = names.get(way.rsplit(", ", 1)[-1], way.removeprefix("probe of "))

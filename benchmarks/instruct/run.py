@@ -27,11 +27,11 @@ from persona.cli.common import quiet
 from persona.encoders import TextEncoder
 from persona.errors import PersonaError
 from persona.evaluation.instructed import KINDS, Instructed
-from persona.training.noise import with_noise
 from persona.evaluation.runner import provenance, sizes
 from persona.history import History
 from persona.history.render import render_history
 from persona.injection import PersonalizedLM
+from persona.training.noise import with_noise
 from persona.training.recipe import Domain, Recipe, load_recipe
 from persona.training.trained_on import check_unseen
 from persona.training.trainer import train_adapter
@@ -74,7 +74,7 @@ class Bench:
         """Refuses a folder of a run with other settings, whose adapters and tables would be taken for this one's."""
         recipe, asked = TypeAdapter(Recipe).dump_python(self.domain.recipe, mode="json"), self.args
         settings = {"recipe": recipe, "llm": str(asked.llm), "steps": asked.steps, "probe_users": asked.probe_users}
-        settings |= {"noise": asked.noise, "about": asked.about, "users": self.domain.fingerprints(self.domain.train)}
+        settings |= {"noise": asked.noise, "users": self.domain.fingerprints(self.domain.train)}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         self.out.mkdir(parents=True, exist_ok=True)
         file = self.out / "run.txt"
@@ -159,18 +159,34 @@ class Bench:
         return {"rows": _listed(rows), "probes": {"mean text embeddings": probes}}
 
     def noise(self) -> dict:
-        """Other users' events of some sources, mixed into each history; the questions are about other sources.
+        """Other users' events mixed into each history, of all sources but the one that a question is about.
 
-        Probes are fitted on training users without noise, and on as many events of each.
+        Probes are fitted on training users without noise, and on as many events of each; of mean text embeddings, which
+        no training has prepared for noise, also on training users with it.
         """
-        asked, model, sources = self.asked, self.model("both"), set(self.args.noise)
-        pool = [e for u in self.domain.validation for e in self.domain.histories[u].timed if e.source in sources]
-        rows, clean = {}, [cut.history.last(LAST) for cut in asked.training.cuts]
-        known, noisy = model.encoder.read(clean), {}
+        asked, rows = self.asked, {}
+        for source in dict.fromkeys(self.domain.recipe.questions[task].source for task in asked.tasks):
+            some, foreign = asked.only(asked.about({source})), set(self.args.noise) - {source}
+            for name, values in self._noise(some, foreign).items() if foreign else ():
+                every, own = (a.probed if ": probe" in name else a.tasks for a in (asked, some))
+                row = rows.setdefault(name, np.full((len(values), len(every)), np.nan))
+                row[:, [every.index(task) for task in own]] = values
+        return {"rows": _listed(rows)}
+
+    def _noise(self, asked: Instructed, sources: set[str]) -> dict[str, np.ndarray]:
+        """Accuracies of what is asked, by share of other users' events of `sources`."""
+        model, rows, noisy = self.model("both"), {}, {}
+        pools = [
+            [e for u in users for e in self.domain.histories[u].timed if e.source in sources]
+            for users in (self.domain.validation, self.domain.train)
+        ]
         for share in SHARES:
             rng = np.random.default_rng([0, round(100 * share)])
-            noisy[share] = [with_noise(cut.history.last(LAST), pool, share, rng) for cut in asked.sample.cuts]
-        states = {share: model.encoder.read(own) for share, own in noisy.items()}
+            noisy[share] = [with_noise(cut.history.last(LAST), pools[0], share, rng) for cut in asked.sample.cuts]
+        clean = [cut.history.last(LAST) for cut in asked.training.cuts]
+        rng = np.random.default_rng(1)
+        trained = {"": clean, ", fitted on noise": [with_noise(h, pools[1], rng.choice(SHARES), rng) for h in clean]}
+        known, states = model.encoder.read(clean), {share: model.encoder.read(own) for share, own in noisy.items()}
         for kind in ("right", "empty"):
             train = asked.probe_inputs(model.encoder, known, kind, training=True)
             found = asked.by_probe(train, *(asked.probe_inputs(model.encoder, s, kind) for s in states.values()))
@@ -178,13 +194,15 @@ class Bench:
                 rows[f"{share:.0%}: probe, {kind}"] = probe
                 rows[f"{share:.0%}: llm, {kind}"] = asked.by_llm(model, own, kind)
                 rows[f"{share:.0%}: similarity, {kind}"] = asked.by_similarity(model.encoder, own, kind)
-        train = asked.mean_texts(self.text_encoder, clean, asked.training)
         tests = [asked.mean_texts(self.text_encoder, own, asked.sample) for own in noisy.values()]
-        for (share, own), (probe, _) in zip(noisy.items(), asked.by_probe(train, *tests)):
-            rows[f"{share:.0%}: probe of mean text embeddings"] = probe
+        for how, histories in trained.items():
+            train = asked.mean_texts(self.text_encoder, histories, asked.training)
+            for share, (probe, _) in zip(noisy, asked.by_probe(train, *tests)):
+                rows[f"{share:.0%}: probe of mean text embeddings{how}"] = probe
+        for share, own in noisy.items():
             text = [render_history(h, self.domain.recipe.sources) for h in own]
             rows[f"{share:.0%}: text in the prompt"] = asked.text_in_prompt(model, text)
-        return {"rows": _listed(rows)}
+        return rows
 
     def sources(self) -> dict:
         """Sources added one by one in the recipe's order, then each one left out, at test time."""
@@ -241,20 +259,13 @@ def main(args: argparse.Namespace) -> None:
 def write(args: argparse.Namespace, bench: Bench, tables: Mapping[str, dict], probes: dict) -> None:
     """Means over users with intervals, and the differences that are claimed, user by user."""
     asked = bench.asked
-    noisy = asked.about(set(args.about)) if args.about else asked.tasks
     result = {
         "name": args.result.stem,
         "kind": "instruct",
-        "results": {
-            name: {row: summary(v, asked, noisy if name == "noise" else None) for row, v in rows.items()}
-            for name, rows in tables.items()
-        },
+        "results": {name: {row: summary(v, asked) for row, v in rows.items()} for name, rows in tables.items()},
         "probes": probes,
-        "paired": {
-            f"{a} - {b}": difference(tables, a, b, asked, noisy if a.startswith("noise") else None)
-            for a, b in claims(tables)
-        },
-        "robustness": robustness(tables.get("noise", {}), asked, noisy),
+        "paired": {f"{a} - {b}": difference(tables, a, b, asked) for a, b in claims(tables)},
+        "robustness": robustness(tables.get("noise", {}), asked),
         "training": {
             name: json.loads((bench.out / name / "training.json").read_text())
             for name in args.variants
@@ -266,7 +277,6 @@ def write(args: argparse.Namespace, bench: Bench, tables: Mapping[str, dict], pr
             "tasks": asked.tasks,
             "probed": asked.probed,
             "noise": args.noise,
-            "noise_tasks": noisy,
             "probe_users": len(asked.training.users),
             "interval": "percentile bootstrap over users, 95%, 2000 resamples",
         },
@@ -293,7 +303,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--probe-users", type=int, default=300, help="training users that probes are fitted on")
     parser.add_argument("--noise", nargs="*", default=[], help="sources that other users' events are mixed in from")
-    parser.add_argument("--about", nargs="*", default=[], help="sources whose questions are asked under noise")
     parser.add_argument("--variants", nargs="+", default=[*DEFAULT])
     parser.add_argument("--tables", nargs="*", default=[*TABLES], help="of the variant both, beside its objectives")
     return parser.parse_args()

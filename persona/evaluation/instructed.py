@@ -6,6 +6,7 @@ answers' own embeddings, and by a linear probe that is fitted on training users.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Literal
@@ -44,6 +45,12 @@ class Instructed:
         self.probed = [name for name in self.tasks if domain.recipe.questions[name].choices is None]
         """Tasks whose answers are few enough for a probe's classes."""
         self._wrong = {id(sample): self._others(sample) for sample in (self.sample, self.training)}
+
+    def only(self, tasks: Sequence[str]) -> Instructed:
+        """The same users and cuts, asked some of the tasks alone."""
+        some = copy.copy(self)
+        some.tasks, some.probed = ([t for t in names if t in tasks] for names in (self.tasks, self.probed))
+        return some
 
     def histories(self, change: Callable[[History], History] | None = None) -> list[History]:
         """What is encoded for each cut of the test users: the history, or what `change` makes of it."""
