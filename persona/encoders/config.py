@@ -27,9 +27,6 @@ class EncoderConfig:
     """backbone llm: rank of the LoRA by which the LM is trained; 0 trains all of it but its word embeddings."""
     source_adapters: bool = False
     """Whether each source has a text adapter (LayerNorm and MLP) of its own."""
-    source_means: bool = False
-    """backbone llm: whether the LM also reads the mean event of each source, which tells a small LM what it would have
-    to count."""
     width: int = 192
     """d: width of event vectors, states and user tokens."""
     heads: int = 6

@@ -2,10 +2,10 @@
 
 The LM reads a start vector, the event vectors in order of time, the instruction's words, the items that it names, what
 its chat template has between a question and its answer, and K learned user positions, whose states are the user tokens.
-With `source_means` the mean event of each source stands before the instruction. Since the instruction comes last, what
-the LM keeps of a history (its key-value cache) serves every instruction; since attention is causal, every prefix of the
-K tokens is what a smaller K would have made, and an event is appended for its own price. The paper groups events by
-source; here each event says what source it is of, so that new events always come last.
+Since the instruction comes last, what the LM keeps of a history (its key-value cache) serves every instruction; since
+attention is causal, every prefix of the K tokens is what a smaller K would have made, and an event is appended for its
+own price. The paper groups events by source; here each event says what source it is of, so that new events always come
+last.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import nn
 from persona.encoders.config import EncoderConfig
 from persona.encoders.features import EventBatch
 from persona.encoders.llm_trunk import LLMTrunk
-from persona.encoders.source_means import SourceMeans, Sums
 from persona.encoders.text import INSTRUCTION_LENGTH, TextEncoder
-from persona.encoders.user_encoder import InstructionState, UserEncoder, UserState, padded, with_start
+from persona.encoders.user_encoder import InstructionState, UserEncoder, UserState, padded, start_times, with_start
 from persona.encoders.vocabulary import Vocabulary
 from persona.encoders.worded import WordedTexts
 from persona.errors import CheckpointError, RecipeError
@@ -49,7 +48,6 @@ class LLMUserEncoder(UserEncoder):
         before, after = (part.detach() for part in trunk.frame)
         self.register_buffer("_after", after, persistent=False)
         self.backbone, self.head = trunk, UserPositions(config.tokens, trunk, after[-1:])
-        self.means = SourceMeans(len(vocabulary.sources), config.width) if config.source_means else None
         scale = trunk.some_words().norm(dim=-1).mean() / config.width**0.5
         self.register_buffer("scale", scale, persistent=False)  # of the LM's input; event vectors are normed to 1
         self.register_load_state_dict_post_hook(_without_frozen)
@@ -80,27 +78,14 @@ class LLMUserEncoder(UserEncoder):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `UserEncoder.forward`."""
         mask = with_start(batch.mask)
-        states, (memory, sums) = self._run(batch, mask)
-        x, seen = self._after_means(*self._asked(instructions), sums and sums[owner])
-        made, _ = self.backbone(x, seen, memory[:, :, owner], cache_mask=mask[owner])
+        states, cache = self.backbone(self._vectors(batch), mask, times=start_times(batch))
+        x, seen = self._asked(instructions)
+        made, _ = self.backbone(x, seen, cache[:, :, owner], cache_mask=mask[owner])
         return made[:, -self.config.tokens :], states
 
-    def _run(self, batch: EventBatch, mask: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, Sums | None]]:
-        """The cache is the LM's own, and the sums by source, if means are read."""
-        vectors = self.events(batch)
-        start = self.start.expand(len(vectors), 1, -1)
-        states, memory = self.backbone(torch.cat([start, vectors * self.scale], dim=1), mask)
-        return states, (memory, self._sums(vectors, batch))
-
-    def _sums(self, vectors: torch.Tensor, batch: EventBatch) -> Sums | None:
-        return Sums.of(vectors, batch.source, batch.mask, len(self.vocabulary.sources)) if self.means else None
-
-    def _after_means(self, x: torch.Tensor, seen: torch.Tensor, sums: Sums | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The LM's input about instructions behind the means by source of the users that they are asked of."""
-        if self.means is None:
-            return x, seen
-        means, there = self.means(sums)
-        return torch.cat([means * self.scale, x], dim=1), torch.cat([there, seen], dim=1)
+    def _vectors(self, batch: EventBatch) -> torch.Tensor:
+        vectors = self.events(batch) * self.scale
+        return torch.cat([self.start.expand(len(vectors), 1, -1), vectors], dim=1)
 
     def _asked(self, instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The LM's input about instructions `[Q, T + K, d]`, padded on the left, and its mask."""
@@ -133,21 +118,17 @@ class LLMUserEncoder(UserEncoder):
         return [InstructionState(own[mask].clone(), own.new_zeros(0)) for own, mask in zip(x, seen)]
 
     def _memory(self, states, mask, cache):
-        return cache[0]
+        return cache
 
     def _keep(self, cache, row: int, unused: int) -> list[torch.Tensor]:
-        """The LM's cache is the memory; what is kept beside it are the sums by source."""
-        return [] if cache[1] is None else [part.clone() for part in cache[1][row]]
+        return []  # the memory is the cache
 
-    def _continue(self, state: UserState, batch: EventBatch):
-        vectors = self.events(batch)
-        states, memory = self.backbone(vectors * self.scale, cache=state.memory[:, :, None])
-        return states, (memory, self.means and self._sums(vectors, batch) + Sums(*(part[None] for part in state.cache)))
+    def _continue(self, state: UserState, vectors: torch.Tensor, times: torch.Tensor):
+        return self.backbone(vectors * self.scale, cache=state.memory[:, :, None], times=times)
 
     def _answer(self, states, asked, memory, mask):
         x, seen = padded([a.latents.flip(0) for a in asked])
-        sums = Sums(*(torch.stack(parts) for parts in zip(*(s.cache for s in states)))) if self.means else None
-        made, _ = self.backbone(*self._after_means(x.flip(1), seen.flip(1), sums), memory, cache_mask=mask)
+        made, _ = self.backbone(x.flip(1), seen.flip(1), memory, cache_mask=mask)
         return made[:, -self.config.tokens :]
 
 

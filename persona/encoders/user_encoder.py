@@ -146,7 +146,7 @@ class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
     def states(self, batch: EventBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Backbone states `[B, 1 + N, d]` of a batch and their mask; the first state is the start state."""
         mask = with_start(batch.mask)
-        return self._run(batch, mask)[0], mask
+        return self.backbone(self._vectors(batch), mask, times=start_times(batch))[0], mask
 
     def _vectors(self, batch: EventBatch) -> torch.Tensor:
         """The backbone's input `[B, 1 + N, d]`: the start vector, then the event vectors."""
@@ -194,7 +194,7 @@ class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
             part = histories[start : start + batch_size]
             batch = self.batch(part)
             mask = with_start(batch.mask)
-            states, cache = self._run(batch, mask)
+            states, cache = self.backbone(self._vectors(batch), mask, times=start_times(batch))
             memory = self._memory(states, mask, cache)
             for i, history in enumerate(part):
                 size = int(mask[i].sum())
@@ -238,17 +238,13 @@ class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
         if not rows:
             return state
         batch = make_batch([rows], self.text_encoder).to(self.device)
-        new, cache = self._continue(state, batch)
+        new, cache = self._continue(state, self.events(batch), batch.timestamp)
         states = torch.cat([state.states, new[0]])
         mask = torch.ones(1, len(states), dtype=torch.bool, device=states.device)
         memory = self._memory(states[None], mask, cache)
         return replace(state, states=states, cache=self._keep(cache, 0, 0), memory=memory[:, :, 0])
 
     # What a subclass with another backbone and head does in its own way.
-
-    def _run(self, batch: EventBatch, mask: torch.Tensor) -> tuple[torch.Tensor, object]:
-        """States `[B, 1 + N, d]` of a batch, whose `mask` has the start state, and the backbone's cache."""
-        return self.backbone(self._vectors(batch), mask, times=start_times(batch))
 
     def _memory(self, states: torch.Tensor, mask: torch.Tensor, cache) -> torch.Tensor:
         """What a user's tokens are read from: `[layers, 2, B, heads, N, d / heads]`."""
@@ -258,9 +254,9 @@ class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
         """The part of the backbone's cache that belongs to one row of a batch."""
         return self.backbone.keep(cache, row, unused)
 
-    def _continue(self, state: UserState, batch: EventBatch) -> tuple[torch.Tensor, object]:
-        """States `[1, N, d]` of one user's new events behind those of `state`, and the backbone's cache."""
-        return self.backbone(self.events(batch), cache=state.cache, times=batch.timestamp)
+    def _continue(self, state: UserState, vectors: torch.Tensor, times: torch.Tensor) -> tuple[torch.Tensor, object]:
+        """States of new event vectors `[1, N, d]` behind those of `state`, and the backbone's cache."""
+        return self.backbone(vectors, cache=state.cache, times=times)
 
     def _row_timestamp(self, timed: Sequence[Event], before: float | None = None) -> float | None:
         return next((e.timestamp for e in reversed(timed) if e.source in self.vocabulary.sources), before)

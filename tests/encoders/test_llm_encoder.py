@@ -18,8 +18,8 @@ ASK = "What does this user buy most?"
 QUESTIONS = (ASK, "", "Will this user buy oak violin music next? שלום 👋")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["", "source-means"])
-def config(llm_path, request):
+@pytest.fixture(scope="module")
+def config(llm_path):
     return EncoderConfig(
         backbone="llm",
         llm=str(llm_path),
@@ -30,7 +30,6 @@ def config(llm_path, request):
         lora_rank=4,
         source_adapters=True,
         mentions=True,
-        source_means=request.param,
         dropout=0.0,
     )
 
@@ -139,8 +138,7 @@ def test_what_is_trained(config, vocabulary, text_encoder, shop_histories):
         assert trunk and all(word in n or n == "backbone.llm.norm.weight" for n in trunk)
         assert {"head.positions", "start"} <= learns and "backbone.llm.embed_tokens.weight" not in learns
     encoder.freeze()
-    means = ["means.tags"] if config.source_means else []
-    assert [n for n, p in encoder.named_parameters() if p.requires_grad] == ["head.positions", *means]
+    assert [n for n, p in encoder.named_parameters() if p.requires_grad] == ["head.positions"]
     encoder.freeze(False)
     assert not encoder.backbone.llm.embed_tokens.weight.requires_grad and encoder.start.requires_grad
 
