@@ -126,19 +126,19 @@ class Bench:
     def objectives(self, name: str) -> dict:
         """A variant with the right, an empty and a wrong instruction, read out in each way that its training allows."""
         model, asked, weights = self.model(name), self.asked, self.recipes[name].training
-        states, rows, probes = self.states(model), {}, {}
-        for kind in KINDS:
-            if weights.answer_weight:
-                rows[f"llm, {kind}"] = asked.by_llm(model, states, kind)
-            if weights.contrastive_weight:
-                rows[f"similarity, {kind}"] = asked.by_similarity(model.encoder, states, kind)
-            inputs = (asked.probe_inputs(model.encoder, s, kind) for s in (None, states))
-            ((rows[f"probe, {kind}"], probes[kind]),) = asked.by_probe(*inputs)
+        encoder, rows, probes = model.encoder, {}, {}
+        states, known = self.states(model), encoder.read([cut.history for cut in asked.training.cuts])
         strangers = [states[i] for i in asked.sample.stranger]
-        if weights.answer_weight:
-            rows["llm, another user's"] = asked.by_llm(model, strangers, "right")
-        if weights.contrastive_weight:
-            rows["similarity, another user's"] = asked.by_similarity(model.encoder, strangers, "right")
+        for told in (*KINDS, "another user's"):
+            kind = told if told in KINDS else "right"
+            tokens = asked.tokens(encoder, states if told in KINDS else strangers, kind)
+            if weights.answer_weight:
+                rows[f"llm, {told}"] = asked.by_llm(model, tokens)
+            if weights.contrastive_weight:
+                rows[f"similarity, {told}"] = asked.by_similarity(encoder, tokens)
+            if told in KINDS:
+                train = asked.probe_inputs(asked.tokens(encoder, known, kind, training=True), training=True)
+                ((rows[f"probe, {told}"], probes[told]),) = asked.by_probe(train, asked.probe_inputs(tokens))
         return {"rows": _listed(rows), "probes": probes}
 
     def controls(self) -> dict:
@@ -155,7 +155,7 @@ class Bench:
         if (self.out / "learned_prompt" / "training.json").exists():
             control = self.model("learned_prompt")
             nobody = control.encoder.read([History("nobody")]) * len(cuts)
-            rows["learned prompt"] = asked.by_llm(control, nobody, "right")
+            rows["learned prompt"] = asked.by_llm(control, asked.tokens(control.encoder, nobody, "right"))
         return {"rows": _listed(rows), "probes": {"mean text embeddings": probes}}
 
     def noise(self) -> dict:
@@ -188,12 +188,13 @@ class Bench:
         trained = {"": clean, ", fitted on noise": [with_noise(h, pools[1], rng.choice(SHARES), rng) for h in clean]}
         known, states = model.encoder.read(clean), {share: model.encoder.read(own) for share, own in noisy.items()}
         for kind in ("right", "empty"):
-            train = asked.probe_inputs(model.encoder, known, kind, training=True)
-            found = asked.by_probe(train, *(asked.probe_inputs(model.encoder, s, kind) for s in states.values()))
-            for (share, own), (probe, _) in zip(states.items(), found):
+            train = asked.probe_inputs(asked.tokens(model.encoder, known, kind, training=True), training=True)
+            made = {share: asked.tokens(model.encoder, own, kind) for share, own in states.items()}
+            found = asked.by_probe(train, *map(asked.probe_inputs, made.values()))
+            for (share, tokens), (probe, _) in zip(made.items(), found):
                 rows[f"{share:.0%}: probe, {kind}"] = probe
-                rows[f"{share:.0%}: llm, {kind}"] = asked.by_llm(model, own, kind)
-                rows[f"{share:.0%}: similarity, {kind}"] = asked.by_similarity(model.encoder, own, kind)
+                rows[f"{share:.0%}: llm, {kind}"] = asked.by_llm(model, tokens)
+                rows[f"{share:.0%}: similarity, {kind}"] = asked.by_similarity(model.encoder, tokens)
         tests = [asked.mean_texts(self.text_encoder, own, asked.sample) for own in noisy.values()]
         for how, histories in trained.items():
             train = asked.mean_texts(self.text_encoder, histories, asked.training)
@@ -211,19 +212,18 @@ class Bench:
         kept |= {f"without {name}": [other for other in names if other != name] for name in names}
         for title, some in kept.items():
             states = self.states(model, lambda h, some=some: h.of(e for e in h.events if e.source in some))
-            rows[f"similarity, {title}"] = self.asked.by_similarity(model.encoder, states, "right")
-            rows[f"llm, {title}"] = self.asked.by_llm(model, states, "right")
+            tokens = self.asked.tokens(model.encoder, states, "right")
+            rows[f"similarity, {title}"] = self.asked.by_similarity(model.encoder, tokens)
+            rows[f"llm, {title}"] = self.asked.by_llm(model, tokens)
         return {"rows": _listed(rows)}
 
     def matryoshka(self) -> dict:
         """Similarity by tokens and dimensions of the embedding."""
         model, rows = self.model("both"), {}
-        states, config = self.states(model), model.encoder.config
+        made, config = self.asked.tokens(model.encoder, self.states(model), "right"), model.encoder.config
         for tokens in (k for k in TOKENS if k <= config.tokens):
             for dim in (d for d in DIMS if d <= config.width):
-                rows[f"{tokens} x {dim}"] = self.asked.by_similarity(
-                    model.encoder, states, "right", tokens=tokens, dim=dim
-                )
+                rows[f"{tokens} x {dim}"] = self.asked.by_similarity(model.encoder, made[:, :tokens], dim)
         return {"rows": _listed(rows)}
 
     def tables(self) -> Iterator[tuple[str, dict]]:

@@ -76,42 +76,48 @@ class Instructed:
                 wrong[cut, task] = prompts.get(other, specs[other].prompt)
         return wrong
 
+    @torch.inference_mode()
+    def tokens(
+        self, encoder: UserEncoder, states: Sequence[UserState], kind: Kind, *, training: bool = False
+    ) -> torch.Tensor:
+        """User tokens `[Q, K, d]` for each question, of `tasks`; of `probed` where training users are asked.
+
+        `states` are one for each cut. Questions of one cut with one instruction share their tokens.
+        """
+        sample = self.training if training else self.sample
+        pairs = [(a.cut, self.instruction(sample, a, kind)) for a in self._asked(training)]
+        place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        unique, made = list(place), []
+        for start in range(0, len(unique), 512):
+            cuts, told = zip(*unique[start : start + 512])
+            made += [t.tokens.float().cpu() for t in encoder.tokens([states[cut] for cut in cuts], told)]
+        return torch.stack(made)[[place[pair] for pair in pairs]]
+
     # --- three ways to read an embedding ------------------------------------------------------------------------
 
-    def by_llm(self, model: PersonalizedLM, states: Sequence[UserState], kind: Kind) -> np.ndarray:
-        """Accuracy `[users, tasks]` of the LLM with user tokens of these states, one for each cut, in its prompt."""
-        asked, requests = self._asked(), []
-        for start in range(0, len(asked), 256):
-            part = asked[start : start + 256]
-            told = [self.instruction(self.sample, a, kind) for a in part]
-            rows = model.soft_rows([states[a.cut] for a in part], told)
-            requests += [Request(a.question.prompt, a.question.options, r) for a, r in zip(part, rows)]
+    @torch.inference_mode()
+    def by_llm(self, model: PersonalizedLM, tokens: torch.Tensor) -> np.ndarray:
+        """Accuracy `[users, tasks]` of the LLM with these user tokens `[Q, K, d]` in its prompt."""
+        asked = self._asked()
+        rows = model.projector(tokens.to(model.encoder.device))
+        requests = [Request(a.question.prompt, a.question.options, row) for a, row in zip(asked, rows)]
         return self._accuracy(_named(asked, option_scores(model, requests)))
 
-    def by_similarity(
-        self, encoder: UserEncoder, states: Sequence[UserState], kind: Kind, *, tokens=None, dim=None
-    ) -> np.ndarray:
-        """Accuracy `[users, tasks]` of the most similar option, by an embedding of `tokens` tokens, `dim` wide."""
+    def by_similarity(self, encoder: UserEncoder, tokens: torch.Tensor, dim: int | None = None) -> np.ndarray:
+        """Accuracy `[users, tasks]` of the most similar option, by embeddings of tokens `[Q, K, d]`, `dim` wide."""
         asked = self._asked()
-        users = self._embed(encoder, self.sample, asked, states, kind, tokens, dim)
         texts = list(dict.fromkeys(o for a in asked for o in a.question.options))
         at = {text: i for i, text in enumerate(texts)}
-        cosines = users @ encoder.encode_answers(texts, dim=dim).T
+        cosines = pooled(tokens, None, dim).numpy() @ encoder.encode_answers(texts, dim=dim).T
         return self._accuracy(
             _named(asked, [row[[at[o] for o in a.question.options]] for a, row in zip(asked, cosines)])
         )
 
-    def probe_inputs(
-        self, encoder: UserEncoder, states: Sequence[UserState] | None, kind: Kind, *, training: bool = False
-    ) -> list[np.ndarray]:
-        """Embeddings `[n, d]` for each task of `probed`, of the test users, or the training users.
-
-        `states` are one for each cut; None reads the training users' histories as they are.
-        """
-        training = training or states is None
-        sample = self.training if training else self.sample
-        states = states if states is not None else encoder.read([cut.history for cut in sample.cuts])
-        return [self._embed(encoder, sample, _of(sample, [task]), states, kind, None, None) for task in self.probed]
+    def probe_inputs(self, tokens: torch.Tensor, *, training: bool = False) -> list[np.ndarray]:
+        """Embeddings `[n, d]` for each task of `probed`, of tokens `[Q, K, d]` that `tokens` gave."""
+        tasks = np.array([a.question.task for a in self._asked(training)])
+        vectors = pooled(tokens, None, None).numpy()
+        return [vectors[tasks == task] for task in self.probed]
 
     def by_probe(
         self, train: Sequence[np.ndarray], *tests: Sequence[np.ndarray]
@@ -173,17 +179,8 @@ class Instructed:
 
     # ------------------------------------------------------------------------------------------------------------
 
-    def _asked(self) -> list:
-        return _of(self.sample, self.tasks)
-
-    def _embed(self, encoder, sample, asked, states, kind, tokens, dim) -> np.ndarray:
-        made = []
-        for start in range(0, len(asked), 512):
-            part = asked[start : start + 512]
-            told = [self.instruction(sample, a, kind) for a in part]
-            found = encoder.tokens([states[a.cut] for a in part], told, tokens)
-            made.append(pooled(torch.stack([f.tokens for f in found]).float(), None, dim).cpu())
-        return torch.cat(made).numpy()
+    def _asked(self, training: bool = False) -> list:
+        return _of(self.training, self.probed) if training else _of(self.sample, self.tasks)
 
     def _accuracy(self, answers: Answers) -> np.ndarray:
         sample = Sample(self.sample.users, self.sample.cuts, self._asked(), self.sample.stranger)

@@ -28,9 +28,12 @@ def test_every_way_gives_accuracies_of_users(asked, model):
     states = model.encoder.read(asked.histories())
     users = len(asked.sample.users)
     for kind in KINDS:
-        for found in (asked.by_llm(model, states, kind), asked.by_similarity(model.encoder, states, kind, dim=8)):
+        tokens = asked.tokens(model.encoder, states, kind)
+        for found in (asked.by_llm(model, tokens), asked.by_similarity(model.encoder, tokens[:, :2], dim=8)):
             assert found.shape == (users, 2) and 0 <= np.nanmin(found) <= np.nanmax(found) <= 1
-    train, test = (asked.probe_inputs(model.encoder, s, "right") for s in (None, states))
+    known = model.encoder.read([cut.history for cut in asked.training.cuts])
+    train = asked.probe_inputs(asked.tokens(model.encoder, known, "right", training=True), training=True)
+    test = asked.probe_inputs(asked.tokens(model.encoder, states, "right"))
     assert [len(x) for x in train] == [sum(a.question.task == t for a in asked.training.asked) for t in asked.probed]
     once, twice = asked.by_probe(train, test), asked.by_probe(train, test, test)
     assert len(once) == 1 and len(twice) == 2
@@ -41,12 +44,26 @@ def test_every_way_gives_accuracies_of_users(asked, model):
 
 def test_the_empty_instruction_says_one_thing_of_a_user(asked, model):
     states = model.encoder.read(asked.histories())
-    by_task = asked.probe_inputs(model.encoder, states, "empty")
+    by_task = asked.probe_inputs(asked.tokens(model.encoder, states, "empty"))
     cuts = [[a.cut for a in asked.sample.asked if a.question.task == task] for task in asked.probed]
     shared = sorted(set(cuts[0]) & set(cuts[1]))
     assert shared and all(
         np.allclose(by_task[0][cuts[0].index(c)], by_task[1][cuts[1].index(c)], atol=1e-5) for c in shared
     )
+
+
+def test_tokens_are_those_of_each_question_and_some_tasks_can_be_asked_alone(asked, model):
+    states = model.encoder.read(asked.histories())
+    tokens = asked.tokens(model.encoder, states, "right")
+    questions = [a for a in asked.sample.asked if a.question.task in asked.tasks]
+    for place in (0, len(questions) // 2, -1):
+        one = questions[place]
+        (made,) = model.encoder.tokens([states[one.cut]], [one.question.prompt])
+        assert np.allclose(tokens[place], made.tokens, atol=1e-5)
+    some = asked.only(["recent_category"])
+    own = some.by_llm(model, some.tokens(model.encoder, states, "right"))
+    assert some.tasks == some.probed == ["recent_category"] and asked.tasks != some.tasks
+    assert np.allclose(own[:, 0], asked.by_llm(model, tokens)[:, 1], equal_nan=True)
 
 
 def test_controls(asked, model):
