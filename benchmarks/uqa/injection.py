@@ -90,7 +90,9 @@ def _tables(kinds: dict[str, list[dict]], baselines: dict, short: bool) -> list[
         "",
         f"Accuracy, mean over {baselines['n']['users']} users who took no part in training and over the seeds of "
         "training, with bootstrap 95% intervals over users; questions have seed 0. Trained parameters: "
-        f"{sizes}; {shown[0]['training']['steps']} steps each. Made by {commands([baselines, *shown])}.",
+        f"{sizes}; {shown[0]['training']['steps']} steps each.",
+        "",
+        commands([baselines, *shown]),
     ]
     return lines
 

@@ -78,7 +78,9 @@ def table(baselines: dict, runs: list[dict], columns: list[str] | None = None) -
         f"Accuracy, mean over {n['users']} test users, with bootstrap 95% intervals over users; {n['cuts']} cuts; "
         f"answers: {answers}. The LLM has {config['llm_parameters'] / 1e6:.1f} M parameters and is frozen; the window "
         f"is {config['window']} events. A run's name is its backbone, its head and its seed; questions have seed "
-        f"{baselines['seed']}. Made by {commands([baselines, *runs])}.",
+        f"{baselines['seed']}.",
+        "",
+        commands([baselines, *runs]),
     ]
     return "\n".join(lines)
 

@@ -9,5 +9,6 @@ def head(names: list[str]) -> str:
 
 
 def commands(results: list[dict]) -> str:
-    """The commands that made some results, each once."""
-    return ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in results))
+    """The commands that made some results, each once, behind a line to unfold."""
+    block = "\n".join(dict.fromkeys(r["command"] for r in results))
+    return f"<details><summary>The commands that made it</summary>\n\n```bash\n{block}\n```\n\n</details>"
