@@ -102,10 +102,10 @@ class LLMUserEncoder(UserEncoder):
         return x.flip(1), seen.flip(1)
 
     def answer_vectors(self, texts: Sequence[str]) -> torch.Tensor:
-        """`[len(texts), d]`: the LM's state at the end token behind each text alone."""
+        """`[len(texts), d]`: the LM's state at the end token behind each text alone, said as an answer is."""
         if not texts:
             return self.start.new_zeros(0, self.config.width)
-        x, mask = padded(self.backbone.words(texts, end=True))
+        x, mask = padded(self.backbone.words([f" {text}" for text in texts], end=True))
         states, _ = self.backbone(x, mask)
         return states[torch.arange(len(x), device=x.device), mask.sum(1) - 1]
 
