@@ -172,13 +172,18 @@ def test_bad_extensions_are_refused(encoder, shop_histories):
 
 
 def test_the_lm_reads_the_words_of_events(encoder, text_encoder):
-    """Two texts of the same words are alike in what is added to the adapters' output; the empty text adds nothing."""
+    """Two texts of the same words are alike in what is added to the adapters' output; the empty text adds nothing.
+
+    A text is read as within a sentence, behind a space: "music" alone is other tokens.
+    """
     texts = encoder.text_encoder
     assert texts.dim == text_encoder.dim + 64 == texts.vectors(["x"]).shape[1]
     one, other, empty, again = texts.vectors(["garden music", "music", "", "garden music"])[:, -64:]
     assert torch.equal(one, again) and not empty.any() and not close(one, other)
     assert one.square().mean() == pytest.approx(1, abs=1e-4)
-    words = encoder.backbone.words(["music"])[0].mean(0)
+    (within,), (first,) = (encoder.backbone.words([text]) for text in (" music", "music"))
+    assert len(within) == 1 < len(first)
+    words = within.mean(0)
     assert torch.nn.functional.cosine_similarity(words, other, dim=0) == pytest.approx(1, abs=1e-5)
     texts.forget(["music"])
     assert torch.equal(texts.vectors(["music"])[0, -64:], other) and texts.vectors([]).shape == (0, texts.dim)
