@@ -32,7 +32,7 @@ def claims(tables: Mapping[str, dict]) -> Iterator[tuple[str, str]]:
 
 
 def robustness(rows: Mapping[str, np.ndarray], asked: Instructed) -> dict:
-    """By how much less the right instruction loses to noise than the same way of reading it without one, by user."""
+    """By how much less the right instruction loses to noise than none, and than text in other forms, by user."""
     result = {}
     for share in dict.fromkeys(name.split(": ")[0] for name in rows):
         if share == "0%":

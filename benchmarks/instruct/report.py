@@ -16,7 +16,7 @@ from persona.evaluation.report import cell, replace_section
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DETAILS, README = ROOT / "benchmarks" / "README.md", ROOT / "README.md"
-RUNS = ("demo", "objectives", "movies")
+RUNS = ("demo", "movies")
 VARIANTS = {
     "both": "LLM encoder, contrastive + answer loss",
     "contrastive": "LLM encoder, contrastive",
@@ -134,7 +134,12 @@ def noise(result: dict) -> str:
         lost = result["paired"][f"noise: {shares[-1]}: {way} - noise: 0%: {way}"]["mean"]
         lines.append(f"| {way} | " + " | ".join(cells) + f" | {cell(lost, signed=True)} |")
     of = ", ".join(result["config"]["noise"])
-    lines += ["", f"Mean over all tasks; mixed in are other users' {of}, but for the source that is asked about.", ""]
+    lines += [
+        "",
+        f"Mean over all tasks; of probes over {', '.join(result['config']['probed'])}. Mixed in are other users' "
+        f"{of}, but for the source that is asked about.",
+        "",
+    ]
     lines += [head(["difference of the two differences to 0%", *(f"{share} noise" for share in shares[1:])])]
     for pair in dict.fromkeys(name.split(": ", 1)[1] for name in result["robustness"]):
         cells = [cell(result["robustness"][f"{share}: {pair}"], signed=True) for share in shares[1:]]

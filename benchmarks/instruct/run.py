@@ -31,15 +31,13 @@ from persona.evaluation.runner import provenance, sizes
 from persona.history import History
 from persona.history.render import render_history
 from persona.injection import PersonalizedLM
-from persona.training.noise import with_noise
+from persona.training.noise import fitting, with_noise
 from persona.training.recipe import Domain, Recipe, load_recipe
 from persona.training.trained_on import check_unseen
 from persona.training.trainer import train_adapter
 
 SHARES = (0.0, 0.25, 0.5, 1.0, 2.0)
 """Irrelevant events for each event of a history."""
-LAST = 21
-"""Newest events that noise is mixed into: with twice as many more they still fit the window."""
 TOKENS, DIMS = (1, 2, 4, 8), (16, 32, 64, 128, 192)
 
 
@@ -50,8 +48,14 @@ def variants(recipe: Recipe) -> dict[str, Recipe]:
     weights = {
         "contrastive": {"answer_weight": 0.0},
         "autoregressive": {"contrastive_weight": 0.0},
-        "next_item": {"answer_weight": 0.0, "contrastive_weight": 0.0, "next_item_weight": 1.0},
-        "no_instruction": {"empty_share": 1.0},
+        # without an instruction nothing says which events are foreign
+        "next_item": {
+            "answer_weight": 0.0,
+            "contrastive_weight": 0.0,
+            "next_item_weight": 1.0,
+            "foreign_share": 0.0,
+        },
+        "no_instruction": {"empty_share": 1.0, "foreign_share": 0.0},
     }
     changed = {name: replace(recipe, training=replace(training, **own)) for name, own in weights.items()}
     return {"both": recipe, **changed, "resampler": replace(recipe, encoder=resampler)}
@@ -68,6 +72,7 @@ class Bench:
         self.recipes = variants(recipe)
         self.text_encoder = TextEncoder(recipe.encoder.text_encoder)
         self.asked = Instructed(self.domain, probe_users=args.probe_users)
+        self._check_noise()
         self._claim_folder()
 
     def _claim_folder(self) -> None:
@@ -81,6 +86,16 @@ class Bench:
         if file.exists() and file.read_text().strip() != digest:
             raise PersonaError(f"{self.out} holds a run with another recipe, LLM, data or settings: give another --out")
         file.write_text(digest + "\n")
+
+    def _check_noise(self) -> None:
+        """Raises `PersonaError` for sources that cannot be mixed in, before hours of training."""
+        users = (*self.domain.train, *self.domain.validation)
+        timed = {e.source for user in users for e in self.domain.histories[user].timed}
+        asked = {self.domain.recipe.questions[task].source for task in self.asked.tasks}
+        if wrong := sorted(set(self.args.noise) - timed):
+            raise PersonaError(f"--noise {wrong[0]}: no such source, or its events have no time; there are {timed}")
+        if self.args.noise and (alone := [s for s in asked if set(self.args.noise) == {s}]):
+            raise PersonaError(f"--noise {alone[0]} alone: what is asked about it needs events of another source")
 
     def train(self, name: str) -> None:
         """The adapter of a variant, or of `learned_prompt`: both objectives without any history."""
@@ -129,7 +144,8 @@ class Bench:
         encoder, rows, probes = model.encoder, {}, {}
         states, known = self.states(model), encoder.read([cut.history for cut in asked.training.cuts])
         strangers = [states[i] for i in asked.sample.stranger]
-        for told in (*KINDS, "another user's"):
+        readable = weights.answer_weight or weights.contrastive_weight
+        for told in (*KINDS, "another user's") if readable else KINDS:
             kind = told if told in KINDS else "right"
             tokens = asked.tokens(encoder, states if told in KINDS else strangers, kind)
             if weights.answer_weight:
@@ -159,34 +175,36 @@ class Bench:
         return {"rows": _listed(rows), "probes": {"mean text embeddings": probes}}
 
     def noise(self) -> dict:
-        """Other users' events mixed into each history, of all sources but the one that a question is about.
+        """Other users' events of the sources `--noise` mixed into each history, but for the one that is asked about.
 
         Probes are fitted on training users without noise, and on as many events of each; of mean text embeddings, which
         no training has prepared for noise, also on training users with it.
         """
-        asked, rows = self.asked, {}
-        for source in dict.fromkeys(self.domain.recipe.questions[task].source for task in asked.tasks):
+        asked, domain, rows = self.asked, self.domain, {}
+        model, last = self.model("both"), fitting(domain.recipe.window, max(SHARES))
+        clean = [cut.history.last(last) for cut in asked.training.cuts]
+        known = model.encoder.read(clean)
+        for source in dict.fromkeys(domain.recipe.questions[task].source for task in asked.tasks):
             some, foreign = asked.only(asked.about({source})), set(self.args.noise) - {source}
-            for name, values in self._noise(some, foreign).items() if foreign else ():
+            ours, theirs = (
+                [e for user in users for e in domain.histories[user].timed if e.source in foreign]
+                for users in (domain.train, domain.validation)
+            )
+            rng = np.random.default_rng(1)
+            trained = {"": clean, ", fitted on noise": [with_noise(h, ours, rng.choice(SHARES), rng) for h in clean]}
+            noisy = {}
+            for share in SHARES:
+                rng = np.random.default_rng([0, round(100 * share)])
+                noisy[share] = [with_noise(cut.history.last(last), theirs, share, rng) for cut in asked.sample.cuts]
+            for name, values in self._noise(some, model, known, trained, noisy).items():
                 every, own = (a.probed if ": probe" in name else a.tasks for a in (asked, some))
                 row = rows.setdefault(name, np.full((len(values), len(every)), np.nan))
                 row[:, [every.index(task) for task in own]] = values
         return {"rows": _listed(rows)}
 
-    def _noise(self, asked: Instructed, sources: set[str]) -> dict[str, np.ndarray]:
-        """Accuracies of what is asked, by share of other users' events of `sources`."""
-        model, rows, noisy = self.model("both"), {}, {}
-        pools = [
-            [e for u in users for e in self.domain.histories[u].timed if e.source in sources]
-            for users in (self.domain.validation, self.domain.train)
-        ]
-        for share in SHARES:
-            rng = np.random.default_rng([0, round(100 * share)])
-            noisy[share] = [with_noise(cut.history.last(LAST), pools[0], share, rng) for cut in asked.sample.cuts]
-        clean = [cut.history.last(LAST) for cut in asked.training.cuts]
-        rng = np.random.default_rng(1)
-        trained = {"": clean, ", fitted on noise": [with_noise(h, pools[1], rng.choice(SHARES), rng) for h in clean]}
-        known, states = model.encoder.read(clean), {share: model.encoder.read(own) for share, own in noisy.items()}
+    def _noise(self, asked: Instructed, model: PersonalizedLM, known, trained, noisy) -> dict[str, np.ndarray]:
+        """Accuracies of what is asked. `known` are states of training users; `trained` and `noisy` are histories."""
+        rows, states = {}, {share: model.encoder.read(own) for share, own in noisy.items()}
         for kind in ("right", "empty"):
             train = asked.probe_inputs(asked.tokens(model.encoder, known, kind, training=True), training=True)
             made = {share: asked.tokens(model.encoder, own, kind) for share, own in states.items()}

@@ -83,6 +83,14 @@ class EventEncoder(nn.Module):
             with torch.no_grad():
                 embedding.weight[0].zero_()
 
+    @torch.no_grad()
+    def quieten(self, share: float) -> None:
+        """Scales down what is added to an LM's own words, so that a new encoder's event vectors are near these."""
+        learned = [self.item, self.source, self.time, self.number[-1], *self.tabular.children()]
+        for part in [*learned, *(text.mlp[-1] for text in self.text.parts)]:
+            for parameter in part.parameters():
+                parameter.mul_(share)
+
     def forward(self, batch: EventBatch) -> torch.Tensor:
         """Event vectors `[B, N, d]`."""
         text = batch.text if self.config.item_text else batch.text * (batch.item == 0)[..., None]

@@ -25,6 +25,9 @@ from persona.encoders.vocabulary import Vocabulary
 from persona.encoders.worded import WordedTexts
 from persona.errors import CheckpointError, RecipeError
 
+QUIET = 0.1
+"""What is learned of an event begins so much smaller than usual: at first the LM reads its words alone."""
+
 
 class LLMUserEncoder(UserEncoder):
     """Event encoders, then an LM that reads events and instruction; see the module for the order."""
@@ -52,6 +55,7 @@ class LLMUserEncoder(UserEncoder):
         self.register_buffer("scale", scale, persistent=False)  # of the LM's input; event vectors are normed to 1
         self.register_load_state_dict_post_hook(_without_frozen)
         with torch.no_grad():
+            self.events.quieten(QUIET)
             self.start.normal_(std=float(scale))
             if len(before):
                 self.start.copy_(before[-1])
@@ -105,7 +109,7 @@ class LLMUserEncoder(UserEncoder):
         """`[len(texts), d]`: the LM's state at the end token behind each text alone, said as an answer is."""
         if not texts:
             return self.start.new_zeros(0, self.config.width)
-        x, mask = padded(self.backbone.words([f" {text}" for text in texts], end=True))
+        x, mask = padded(self.backbone.words([self.backbone.as_answer(text) for text in texts], end=True))
         states, _ = self.backbone(x, mask)
         return states[torch.arange(len(x), device=x.device), mask.sum(1) - 1]
 

@@ -121,6 +121,22 @@ class LLMTrunk(nn.Module):
         sliding = mask & near[:, None]
         return {"full_attention": mask, "sliding_attention": sliding} if kinds else sliding
 
+    def within(self, text: str) -> str:
+        """The text as it stands in a sentence: behind a space, which some tokenizers add themselves."""
+        return text if self._adds_space else f" {text}"
+
+    def as_answer(self, text: str) -> str:
+        """The text as it stands where the LM answers: as its chat template has it, or as in a sentence without one."""
+        if not self.tokenizer.chat_template:
+            return self.within(text)
+        said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SAID}]
+        before = self.tokenizer.apply_chat_template(said, tokenize=False).partition(_SAID)[0]
+        return self.within(text) if before.endswith(" ") else text
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        return self.tokenizer.tokenize("a") != ["a"]
+
     @property
     def frame(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The words of the LM's chat template before and after what a user says, `[T, d]` each; none without one."""

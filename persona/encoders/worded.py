@@ -17,8 +17,8 @@ WORDS_BYTES = 128 * 2**20
 
 class WordedTexts:
     """A `TextEncoder` whose vectors end in the mean of a trunk's word embeddings over the text, scaled to a mean square
-    of 1: a trunk that only knows words then understands an event before its adapters have learned to say it. A space
-    stands before the text, as in a sentence: to most tokenizers "garden" and " garden" are different words.
+    of 1: a trunk that only knows words then understands an event before its adapters have learned to say it. The
+    text is read as within a sentence: to most tokenizers "garden" and " garden" are different words.
     """
 
     def __init__(self, texts: TextEncoder, trunk: LLMTrunk):
@@ -45,7 +45,8 @@ class WordedTexts:
             found, forgotten = {t: self._cache[t] for t in texts if t in self._cache}, self._forgotten
         missing = [t for t in dict.fromkeys(texts) if t and t not in found]
         if missing:
-            made = {t: _mean(w).cpu() for t, w in zip(missing, self._trunk.words([f" {t}" for t in missing]))}
+            words = self._trunk.words([self._trunk.within(text) for text in missing])
+            made = {text: _mean(own).cpu() for text, own in zip(missing, words)}
             with self._lock:
                 if forgotten == self._forgotten:  # else one of these texts may be what was to be forgotten
                     self._cache.update(made)

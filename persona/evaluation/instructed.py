@@ -91,6 +91,8 @@ class Instructed:
         for start in range(0, len(unique), 512):
             cuts, told = zip(*unique[start : start + 512])
             made += [t.tokens.float().cpu() for t in encoder.tokens([states[cut] for cut in cuts], told)]
+        if not made:
+            return torch.zeros(0, encoder.config.tokens, encoder.config.width)
         return torch.stack(made)[[place[pair] for pair in pairs]]
 
     # --- three ways to read an embedding ------------------------------------------------------------------------

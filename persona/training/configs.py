@@ -107,7 +107,7 @@ class TrainingConfig:
     foreign_share: float = 0.0
     """Share of training histories into which other users' events of some sources are mixed, up to two for each of their
     own; what is asked then is about the other sources. So an encoder learns to leave out what an instruction is not
-    about (InstructUE's denoising). It does nothing where there is one source."""
+    about (InstructUE's denoising). It does nothing where a recipe has one source."""
     short_share: float = 0.25
     """Share of training histories cut down to 1-15 events, so that young users work too."""
     drop_events: float = 0.1
@@ -162,7 +162,7 @@ class LMConfig:
     plain_share: float = 0.1
     """Share of rows without a history."""
     copy_share: float = 0.0
-    """Share of questions, of those that bring a text of their own, that are made exercises in copying: what follows
-    two words of the text? A large LM has learned to copy; one trained on a few million tokens has not."""
+    """Share of questions, of those of 18 words and more, that are made exercises in copying: what follows two words of
+    the text? A large LM has learned to copy; one trained on a few million tokens has not."""
     seed: int = 0
     """Seed of everything random in building the LM."""

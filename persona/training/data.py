@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from zlib import crc32
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from persona.encoders.features import EventBatch
 from persona.errors import DataError
-from persona.history import Event, History
+from persona.history import History
 from persona.injection.model import PersonalizedLM
 from persona.training.configs import TrainingConfig
-from persona.training.noise import MOST, foreign_events, with_noise
+from persona.training.noise import MOST, fitting, foreign_sources, with_noise
 from persona.training.processes import of_first
 from persona.training.questions import NO, YES, Question
 from persona.training.questions.cuts import Cut
 from persona.training.recipe import Domain
 
+STRANGERS = 8
+"""Training users whose events are mixed into one history, at the most."""
 PATIENCE = 1000
 """Histories drawn in a row without a question before a recipe is called wrong."""
 
@@ -35,6 +37,8 @@ class Example:
     """At least one."""
     index: int = 0
     """Its number in `Examples`."""
+    foreign: frozenset[str] = frozenset()
+    """Sources of which the history holds other users' events; these are not foretold."""
 
 
 class Examples(Dataset):
@@ -53,43 +57,41 @@ class Examples(Dataset):
     def __getitem__(self, index: int) -> Example:
         recipe = self.domain.recipe
         rng = np.random.default_rng([recipe.training.seed, 1, index])
-        foreign = recipe.training.foreign_share
+        share = recipe.training.foreign_share if len(recipe.sources) > 1 else 0.0
+        foreign: frozenset[str] = frozenset()
         for _ in range(PATIENCE):
             cut = self.domain.training_cut(rng)
-            if foreign and rng.random() < foreign:
-                cut, questions = self._disturbed(cut, rng)
+            if share and rng.random() < share:
+                cut, questions, foreign = self._disturbed(cut, rng)
             else:
-                questions = self.domain.questions(cut, rng, training=True)
+                questions, foreign = self.domain.questions(cut, rng, training=True), frozenset()
             if questions:
                 break
         else:
             raise DataError(f"none of {PATIENCE} training histories answers a question; check the recipe's questions")
         most = recipe.training.questions_per_history
         picked = tuple(questions[i] for i in rng.permutation(len(questions))[:most])
-        return Example(History(cut.history.user) if self.without_history else cut.history, picked, index)
+        return Example(History(cut.history.user) if self.without_history else cut.history, picked, index, foreign)
 
-    @cached_property
-    def _pools(self) -> dict[str, list[Event]]:
-        """Training users' timed events, by source."""
-        pools: dict[str, list[Event]] = {}
-        for user in self.domain.train:
-            for event in self.domain.histories[user].timed:
-                pools.setdefault(event.source, []).append(event)
-        return pools
+    def _disturbed(self, cut: Cut, rng: np.random.Generator) -> tuple[Cut, list[Question], frozenset[str]]:
+        """The cut with other users' events among its newest, what can still be asked, and the sources of these events.
 
-    def _disturbed(self, cut: Cut, rng: np.random.Generator) -> tuple[Cut, list[Question]]:
-        """The cut with other users' events among its newest, which all fit the window; and what can still be asked."""
-        share, recipe = rng.random() * MOST, self.domain.recipe
-        clean = replace(cut, history=cut.history.last(max(1, int(recipe.window / (1 + share)))))
+        They all fit the window. What is asked is answered by the history as it was.
+        """
+        recipe, users, histories = self.domain.recipe, self.domain.train, self.domain.histories
+        share = rng.random() * MOST
+        clean = replace(cut, history=cut.history.last(fitting(recipe.window, share)))
         questions = self.domain.questions(clean, rng, training=True)
-        if not questions:
-            return cut, []
+        strangers = {users[i] for i in rng.integers(len(users), size=STRANGERS)} - {cut.history.user}
+        events = [event for user in sorted(strangers) for event in histories[user].timed]
         about = [recipe.questions[q.task].source for q in questions]
-        sources, pool = foreign_events(self._pools, about[rng.integers(len(about))], rng)
-        if not pool:
-            return clean, questions
-        kept = [q for q, source in zip(questions, about) if source not in sources]
-        return replace(clean, history=with_noise(clean.history, pool, share, rng)), kept
+        own = about[rng.integers(len(about))] if about else ""
+        foreign = foreign_sources({event.source for event in events}, own, rng)
+        if not questions or not foreign:
+            return clean, questions, frozenset()
+        pool = [event for event in events if event.source in foreign]
+        kept = [q for q, source in zip(questions, about) if source not in foreign]
+        return replace(clean, history=with_noise(clean.history, pool, share, rng)), kept, foreign
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,25 @@ class Collator:
                 [template.answer(q.prompt, q.answer) for q in questions],
             )
         share = config.empty_share
+        events = model.encoder.batch([e.history for e in examples])
         given = {
-            "events": model.encoder.batch([e.history for e in examples]),
+            "events": events,
             "instructions": ["" if share and rng.random() < share else q.prompt for q in questions],
             "owner": torch.tensor(owner, device=device),
             "batch": asked,
         }
+        if any(example.foreign for example in examples):
+            given["foretold"] = self._foretold(examples, events)
         return given | {"pairs": _pairs(questions, count, device)} if config.contrastive_weight else given
+
+    def _foretold(self, examples: Sequence[Example], events: EventBatch) -> torch.Tensor:
+        """`[B, N]` True at the items that the next-item loss is taken of: those of the user."""
+        foretold = events.item > 0
+        for row, example in enumerate(examples):
+            for number, source in enumerate(self.model.encoder.vocabulary.sources, 1):
+                if source in example.foreign:
+                    foretold[row] &= events.source[row] != number
+        return foretold
 
 
 def _pairs(questions: Sequence[Question], count: int, device: torch.device) -> Pairs:

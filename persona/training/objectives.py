@@ -21,18 +21,19 @@ def next_item_loss(
     *,
     negatives: int = 0,
     frequency: torch.Tensor | None = None,
+    foretold: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of each next item given the state before it (SASRec, Kang & McAuley 2018), full softmax.
 
     `states` `[B, 1 + N, d]`, `texts` `[items, text_dim]` the catalogue's text vectors. Items outside the vocabulary
-    are not predicted; a batch without any gives zero.
+    are not predicted, nor those where `foretold` `[B, N]` is False; a batch without any gives zero.
 
     With `negatives` the softmax is over the batch's own next items and so many others, drawn by `frequency` `[items]`
     (events of each item); each score is lowered by the log probability of being drawn (logQ, Bengio & Senecal 2008;
     Yi et al. 2019), so that in expectation the full softmax is learned.
     """
     target = events.item  # [B, N]; state n, the first being the start state, predicts row n
-    known = target > 0
+    known = target > 0 if foretold is None else (target > 0) & foretold
     if not known.any():
         return states.sum() * 0.0
     states, target = states[:, :-1][known], target[known] - 1  # [P, d], [P]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -144,13 +145,19 @@ def domain_readings(domain: Domain) -> Draw:
 
 
 def copying(question: str, rng: np.random.Generator) -> tuple[str, str] | None:
-    """An exercise on a question's own text: two words of it, and the answer is those that follow; None if too short."""
+    """An exercise on a question's own text: two words of it, and the answer is those that follow.
+
+    The two stand in it once. None if the text is too short, or no such words are there.
+    """
     words = question.split()
-    places = len(words) - 2 - COPIED
-    if places < COPIED:
+    pairs = list(pairwise(words))
+    if len(words) < 2 + 2 * COPIED:
         return None
-    at = int(rng.integers(places)) + 2
-    return f'{question}\nWhat follows "{" ".join(words[at - 2 : at])}"?', " ".join(words[at : at + COPIED])
+    places = [i for i in range(len(words) - COPIED - 1) if pairs.count(pairs[i]) == 1]
+    if not places:
+        return None
+    at = places[rng.integers(len(places))]
+    return f'{question}\nWhat follows "{" ".join(pairs[at])}"?', " ".join(words[at + 2 : at + 2 + COPIED])
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -81,7 +81,9 @@ class WithObjectives(nn.Module):
         encoder = model.encoder
         self._texts = encoder.text_encoder.vectors(encoder.vocabulary.item_texts).to(encoder.device)
 
-    def forward(self, pairs: Pairs | None = None, **inputs) -> dict[str, torch.Tensor]:
+    def forward(
+        self, pairs: Pairs | None = None, foretold: torch.Tensor | None = None, **inputs
+    ) -> dict[str, torch.Tensor]:
         """`{"loss": scalar}` of what `Collator` makes."""
         config, encoder = self.objectives, self.model.encoder
         out = self.model(**inputs, chunk=config.contrastive_chunk)
@@ -93,8 +95,10 @@ class WithObjectives(nn.Module):
             if config.contrastive_weight:
                 loss = loss + config.contrastive_weight * self._contrastive(encoder, tokens, pairs)
             if config.next_item_weight:
-                found = next_item_loss(encoder, states, inputs["events"], self._texts)
-                loss = loss + config.next_item_weight * found * mean_weight((inputs["events"].item > 0).sum())
+                events = inputs["events"]
+                items = events.item > 0 if foretold is None else (events.item > 0) & foretold
+                found = next_item_loss(encoder, states, events, self._texts, foretold=items)
+                loss = loss + config.next_item_weight * found * mean_weight(items.sum())
         return {"loss": loss}
 
     def _contrastive(self, encoder: UserEncoder, tokens: torch.Tensor, pairs: Pairs) -> torch.Tensor:
