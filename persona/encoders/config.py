@@ -22,7 +22,8 @@ class EncoderConfig:
     llm: str = ""
     """backbone llm: Hugging Face name or folder of the LM; empty in a recipe: the LLM that the adapter is for."""
     llm_sha256: str = ""
-    """backbone llm: of the LM's word embeddings, in a saved encoder, so that a rebuilt LM is not taken for this one."""
+    """backbone llm: of the LM's word embeddings and how texts are read, in a saved encoder, so that no other LM, and no
+    other version of persona, is taken for its own."""
     lora_rank: int = 16
     """backbone llm: rank of the LoRA by which the LM is trained; 0 trains all of it but its word embeddings."""
     source_adapters: bool = False

@@ -41,8 +41,8 @@ class LLMUserEncoder(UserEncoder):
             )
         if config.llm_sha256 not in ("", trunk.digest):
             raise CheckpointError(
-                f"{config.llm} is not the LM that this encoder was trained with (its word embeddings differ): bring "
-                "that one back, or train anew"
+                f"{config.llm} is not the LM that this encoder was trained with (its word embeddings differ), or "
+                "another version of persona reads texts for it: bring that one back, or train anew"
             )
         config = replace(config, llm_sha256=trunk.digest)
         texts = text_encoder or TextEncoder(config.text_encoder)

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from persona.errors import CheckpointError, MissingExtraError, RecipeError
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
+READING = b"texts within a sentence"
+"""How texts become words. Give it another value when that changes, so that encoders of before are refused."""
 _SAID = "\u2063said\u2063"
 """Stands for what a user says while a chat template is cut in two."""
 
@@ -62,9 +62,9 @@ class LLMTrunk(nn.Module):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the word embeddings, which are never trained."""
+        """SHA-256 of the word embeddings, which are never trained, and of how texts are read, which may change."""
         weight = self.llm.get_input_embeddings().weight.detach().float().cpu().contiguous()
-        return hashlib.sha256(weight.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(READING + weight.numpy().tobytes()).hexdigest()
 
     @torch.no_grad()
     def some_words(self) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from persona import UserEncoder
-from persona.encoders import EncoderConfig, make_encoder
+from persona.encoders import EncoderConfig, llm_trunk, make_encoder
 from persona.encoders.llm_encoder import LLMUserEncoder
 from persona.encoders.llm_trunk import LLMTrunk
 from persona.errors import CheckpointError, EventError, RecipeError
@@ -261,3 +261,10 @@ def test_an_adapter_follows_its_llm(encoder, llm_path, tmp_path, text_encoder, s
         [ASK], model.encoder.read(shop_histories[:1])
     )
     loaded.load_state_dict(model.state_dict())
+
+
+def test_an_encoder_of_a_version_that_read_texts_otherwise_is_refused(encoder, tmp_path, text_encoder, monkeypatch):
+    encoder.save_pretrained(tmp_path / "encoder")
+    monkeypatch.setattr(llm_trunk, "READING", b"otherwise")
+    with pytest.raises(CheckpointError, match="another version of persona"):
+        UserEncoder.from_pretrained(tmp_path / "encoder", text_encoder)
