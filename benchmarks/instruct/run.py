@@ -90,10 +90,12 @@ class Bench:
     def _check_noise(self) -> None:
         """Raises `PersonaError` for sources that cannot be mixed in, before hours of training."""
         users = (*self.domain.train, *self.domain.validation)
-        timed = {e.source for user in users for e in self.domain.histories[user].timed}
+        timed = sorted({e.source for user in users for e in self.domain.histories[user].timed})
         asked = {self.domain.recipe.questions[task].source for task in self.asked.tasks}
-        if wrong := sorted(set(self.args.noise) - timed):
-            raise PersonaError(f"--noise {wrong[0]}: no such source, or its events have no time; there are {timed}")
+        if wrong := sorted(set(self.args.noise) - set(timed)):
+            raise PersonaError(
+                f"--noise {wrong[0]}: no such source, or its events have no time; there are {', '.join(timed)}"
+            )
         if self.args.noise and (alone := [s for s in asked if set(self.args.noise) == {s}]):
             raise PersonaError(f"--noise {alone[0]} alone: what is asked about it needs events of another source")
 
