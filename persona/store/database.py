@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -146,6 +147,12 @@ def _options(url: sa.URL, timeout: float) -> dict[str, Any]:
 
 def _set_pragmas(timeout: float, connection, record) -> None:
     cursor = connection.cursor()
-    for pragma in (f"busy_timeout={int(timeout * 1000)}", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
+    for pragma in (f"busy_timeout={int(timeout * 1000)}", "synchronous=FULL", "secure_delete=ON"):
         cursor.execute(f"PRAGMA {pragma}")
+    try:
+        cursor.execute("PRAGMA journal_mode=WAL")
+    except sqlite3.OperationalError as error:
+        # SQLite does not wait for others who make this change to a new file; once one has made it, it is in the file.
+        if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+            raise
     cursor.close()
