@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from differences import claims, difference, robustness, summary
-from pydantic import TypeAdapter
 
 from persona.cli.common import quiet
 from persona.encoders import TextEncoder
@@ -29,6 +28,7 @@ from persona.errors import PersonaError
 from persona.evaluation.instructed import KINDS, Instructed
 from persona.evaluation.runner import provenance, sizes
 from persona.history import History
+from persona.history.config import stated
 from persona.history.render import render_history
 from persona.injection import PersonalizedLM
 from persona.training.noise import fitting, with_noise
@@ -77,7 +77,7 @@ class Bench:
 
     def _claim_folder(self) -> None:
         """Refuses a folder of a run with other settings, whose adapters and tables would be taken for this one's."""
-        recipe, asked = TypeAdapter(Recipe).dump_python(self.domain.recipe, mode="json"), self.args
+        recipe, asked = stated(self.domain.recipe), self.args
         settings = {"recipe": recipe, "llm": str(asked.llm), "steps": asked.steps, "probe_users": asked.probe_users}
         settings |= {"noise": asked.noise, "users": self.domain.fingerprints(self.domain.train)}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

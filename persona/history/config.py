@@ -64,6 +64,11 @@ def parse_config(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     raise RecipeError("\n".join(f"{where}: {problem}" for problem in problems))
 
 
+def stated(config: Any) -> dict[str, Any]:
+    """The fields of a config that differ from their defaults, as JSON data; a field added later does not change it."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json", exclude_defaults=True)
+
+
 def _change(data: Any, change: str) -> None:
     """Sets the field that "a.b.c=value" names; the value is YAML."""
     name, equals, text = change.partition("=")

@@ -4,6 +4,7 @@ import pytest
 
 from persona.errors import RecipeError
 from persona.history import ColumnSpec, ReaderSpec, SourceSpec, load_config, parse_config
+from persona.history.config import stated
 from persona.history.source import STRICT
 
 
@@ -48,6 +49,16 @@ def test_a_recipe_loads_and_the_key_on_is_a_word_not_a_boolean(tmp_path):
     recipe = load_config(Recipe, str(path))
     assert recipe.readers[0].join[0].on == "item_id"
     assert recipe.readers[0].attributes == {"genre": ColumnSpec("class", split=" "), "year": "year"}
+
+
+def test_what_is_stated_is_what_differs_from_the_defaults(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD)
+    recipe = load_config(Recipe, path, ["epochs=3"])
+    reader = {"source": "ratings", "path": "u.csv", "user": "user_id", "join": [{"path": "items.csv", "on": "item_id"}]}
+    reader["attributes"] = {"genre": {"column": "class", "split": " "}, "year": "year"}
+    assert stated(recipe) == {"sources": {"ratings": {"kind": "item"}}, "readers": [reader], "epochs": 3}
+    assert "epochs" not in stated(load_config(Recipe, path))
 
 
 def test_parse_config_names_where(tmp_path):

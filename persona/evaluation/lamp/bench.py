@@ -32,6 +32,7 @@ from persona.evaluation.lamp.retrieval import Bm25, Dense, Random, Recency
 from persona.evaluation.lamp.sample import Sample
 from persona.evaluation.lamp.training import Collate, Draws, Write
 from persona.evaluation.lamp.user_lora import UserLora
+from persona.history.config import stated
 from persona.injection import SoftPromptLM, load_llm
 from persona.injection.llm import default_device
 from persona.training.trained_on import check_unseen, fingerprint, write_trained_on
@@ -39,6 +40,8 @@ from persona.training.trainer import AdapterTrainer, PersonaTrainer, fit
 
 BATCH = 32
 """Questions answered at once."""
+_MAKES_LM = {"description", "lm", "lm_items", "lm_questions"}
+"""Fields of a recipe that change nothing here: the LM is there."""
 
 
 class LampBench:
@@ -84,8 +87,9 @@ class LampBench:
             for part in ("validation", "test")
             for s in self.domain.samples(part)
         ]
+        recipe = {name: value for name, value in stated(self.domain.recipe).items() if name not in _MAKES_LM}
         mine = {
-            "recipe": repr(self.domain.recipe),
+            "recipe": recipe,
             "records": fingerprint(asked),
             "llm": str(self.llm),
             "steps": self.steps,
