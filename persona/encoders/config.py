@@ -10,7 +10,10 @@ from persona.history.source import STRICT
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes and names; what is learned from data stands in `Vocabulary`."""
+    """Sizes and names; what is learned from data stands in `Vocabulary`.
+
+    With backbone llm the LM brings its own `heads`, `layers` and `inner`, and there is no `head`: they change nothing.
+    """
 
     __pydantic_config__ = STRICT
 

@@ -44,7 +44,7 @@ class Instructed:
         """Yes or no says nothing without its question, so it has no embedding."""
         self.probed = [name for name in self.tasks if domain.recipe.questions[name].choices is None]
         """Tasks whose answers are few enough for a probe's classes."""
-        self._wrong = {id(sample): self._others(sample) for sample in (self.sample, self.training)}
+        self._wrong = self._others(self.sample), self._others(self.training)
 
     def only(self, tasks: Sequence[str]) -> Instructed:
         """The same users and cuts, asked some of the tasks alone."""
@@ -56,10 +56,10 @@ class Instructed:
         """What is encoded for each cut of the test users: the history, or what `change` makes of it."""
         return [change(cut.history) if change else cut.history for cut in self.sample.cuts]
 
-    def instruction(self, sample: Sample, asked, kind: Kind) -> str:
+    def instruction(self, asked, kind: Kind, *, training: bool = False) -> str:
         """What the encoder is told for a question: its own text, nothing, or the text of the next task's question."""
         if kind != "right":
-            return "" if kind == "empty" else self._wrong[id(sample)][asked.cut, asked.question.task]
+            return "" if kind == "empty" else self._wrong[training][asked.cut, asked.question.task]
         return asked.question.prompt
 
     def _others(self, sample: Sample) -> dict[tuple[int, str], str]:
@@ -84,8 +84,7 @@ class Instructed:
 
         `states` are one for each cut. Questions of one cut with one instruction share their tokens.
         """
-        sample = self.training if training else self.sample
-        pairs = [(a.cut, self.instruction(sample, a, kind)) for a in self._asked(training)]
+        pairs = [(a.cut, self.instruction(a, kind, training=training)) for a in self._asked(training)]
         place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
         unique, made = list(place), []
         for start in range(0, len(unique), 512):

@@ -16,7 +16,7 @@ def test_what_the_encoder_is_told(asked, domain):
     questions = domain.recipe.questions
     assert asked.tasks == asked.probed == ["favourite_category", "recent_category"]
     one = next(a for a in asked.sample.asked if a.question.task == "favourite_category")
-    told = {kind: asked.instruction(asked.sample, one, kind) for kind in KINDS}
+    told = {kind: asked.instruction(one, kind) for kind in KINDS}
     assert told == {
         "right": questions["favourite_category"].prompt,
         "empty": "",
