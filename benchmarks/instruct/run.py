@@ -323,8 +323,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--probe-users", type=int, default=300, help="training users that probes are fitted on")
     parser.add_argument("--noise", nargs="*", default=[], help="sources that other users' events are mixed in from")
-    parser.add_argument("--variants", nargs="+", default=[*DEFAULT])
-    parser.add_argument("--tables", nargs="*", default=[*TABLES], help="of the variant both, beside its objectives")
+    parser.add_argument("--variants", nargs="+", choices=DEFAULT, default=[*DEFAULT], metavar="VARIANT")
+    parser.add_argument(
+        "--tables",
+        nargs="*",
+        choices=TABLES,
+        default=[*TABLES],
+        metavar="TABLE",
+        help="of the variant both, beside its objectives",
+    )
     return parser.parse_args()
 
 
