@@ -64,8 +64,13 @@ class EventBatch:
         return EventBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
-def event_rows(events: Sequence[Event], vocabulary: Vocabulary, previous: float | None = None) -> list[Row]:
-    """Rows of `events` in order; `previous` is the time of the event before the first. Unknown sources make no row."""
+def event_rows(
+    events: Sequence[Event], vocabulary: Vocabulary, previous: float | None = None, *, named: bool = True
+) -> list[Row]:
+    """Rows of `events` in order; `previous` is the time of the event before the first. Unknown sources make no row.
+
+    `named`: whether the text of a column's value begins with the column's name.
+    """
     index = {name: i for i, name in enumerate(vocabulary.sources, 1)}
     rows = []
     for event in events:
@@ -75,7 +80,7 @@ def event_rows(events: Sequence[Event], vocabulary: Vocabulary, previous: float 
         time = _time_features(event.timestamp, previous)
         previous = event.timestamp if event.timestamp is not None else previous
         if kind == "tabular":
-            rows += [_column_row(event, name, index, vocabulary, time) for name in event.attributes]
+            rows += [_column_row(event, name, index, vocabulary, time, named) for name in event.attributes]
             continue
         rows.append(
             Row(
@@ -91,12 +96,13 @@ def event_rows(events: Sequence[Event], vocabulary: Vocabulary, previous: float 
     return rows
 
 
-def _column_row(event: Event, name: str, index: dict[str, int], vocabulary: Vocabulary, time) -> Row:
+def _column_row(event: Event, name: str, index: dict[str, int], vocabulary: Vocabulary, time, named: bool) -> Row:
     key, value = f"{event.source}/{name}", event.attributes[name]
     row = Row(source=index[event.source], column=vocabulary.columns.get(key, 0), time=time)
     row.timestamp = event.timestamp or 0.0
     if isinstance(value, str):
-        row.text, row.category = f"{name}: {value}", vocabulary.categories.get(f"{key}/{value}", 0)
+        row.text = f"{name}: {value}" if named else value
+        row.category = vocabulary.categories.get(f"{key}/{value}", 0)
     elif value is not None:
         row.number = vocabulary.normalise(key, value)
     return row

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from persona.errors import CheckpointError, MissingExtraError, RecipeError
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-READING = b"texts within a sentence"
+READING = b"texts within a sentence, a column's value alone"
 """How texts become words. Give it another value when that changes, so that encoders of before are refused."""
 _SAID = "\u2063said\u2063"
 """Stands for what a user says while a chat template is cut in two."""

@@ -17,7 +17,7 @@ from persona.encoders.backbones import build_backbone
 from persona.encoders.config import EncoderConfig
 from persona.encoders.embedding import EmbeddingMixin, pooled
 from persona.encoders.events import EventEncoder
-from persona.encoders.features import EventBatch, event_rows, make_batch, newest
+from persona.encoders.features import EventBatch, Row, event_rows, make_batch, newest
 from persona.encoders.heads import build_head
 from persona.encoders.hub import HubMixin
 from persona.encoders.mentions import Mentions
@@ -84,6 +84,9 @@ class InstructionState:
 
 class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
     """Event encoders, a sequence backbone, and a head that makes tokens: an instruction-aware resampler by default."""
+
+    _named = True
+    """Whether a column's text holds its name; see `event_rows`."""
 
     def __init__(self, config: EncoderConfig, vocabulary: Vocabulary, text_encoder: TextEncoder | None = None):
         super().__init__()
@@ -181,9 +184,13 @@ class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
         index = torch.arange(len(texts), device=states.device) if index is None else index
         return states @ self.events.catalogue(texts[index], index).T / self.config.width**0.5
 
+    def rows(self, events: Sequence[Event], previous: float | None = None) -> list[Row]:
+        """What is read of events, before texts are encoded; see `event_rows`."""
+        return event_rows(events, self.vocabulary, previous, named=self._named)
+
     def batch(self, histories: Sequence[History]) -> EventBatch:
         """Histories as the model's input, each cut to its newest `max_events`."""
-        rows = [event_rows(newest(h, self.config.max_events)[0].events, self.vocabulary) for h in histories]
+        rows = [self.rows(newest(h, self.config.max_events)[0].events) for h in histories]
         return make_batch(rows, self.text_encoder).to(self.device)
 
     @torch.inference_mode()
@@ -221,7 +228,7 @@ class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
         be longer than `max_events`: encode the history again in these cases.
         """
         events = sorted(events, key=lambda e: -1.0 if e.timestamp is None else e.timestamp)
-        rows = event_rows(events, self.vocabulary, state.row_timestamp)
+        rows = self.rows(events, state.row_timestamp)
         for event in events:
             if event.timestamp is None or (state.last_timestamp is not None and event.timestamp < state.last_timestamp):
                 raise EventError("an event without a time, or older than the newest one read, cannot extend a state")

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 from persona.encoders import UserEncoder
 from persona.encoders.attention_weights import state_attention
 from persona.encoders.embedding import pooled
-from persona.encoders.features import event_rows, newest
+from persona.encoders.features import newest
 from persona.errors import PersonaError
 from persona.evaluation.likelihood import Request, option_scores
 from persona.history import Event, History
@@ -106,7 +106,7 @@ def explain(
     """
     score = answer_cosine(encoder, answer) if isinstance(answer, str) else answer
     read, truncated = newest(history, encoder.config.max_events)
-    rows = [len(event_rows([event], encoder.vocabulary)) for event in read.events]  # a tabular event makes several
+    rows = [len(encoder.rows([event])) for event in read.events]  # a tabular event makes several
     known = [i for i, size in enumerate(rows) if size]
 
     state = encoder.read([read])[0]

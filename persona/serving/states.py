@@ -12,7 +12,6 @@ import torch
 from cachetools import LRUCache
 
 from persona.encoders import InstructionState, UserEncoder, UserState
-from persona.encoders.features import event_rows
 from persona.encoders.state_bytes import events_digest
 from persona.encoders.text import INSTRUCTION_LENGTH
 from persona.history import Event, History
@@ -196,8 +195,7 @@ class UserStates:
                 self.shared.forget(user, tenant=tenant)
 
     def _forget_texts(self, events: Sequence[Event]) -> None:
-        rows = event_rows(events, self.encoder.vocabulary)
-        self.encoder.text_encoder.forget([row.text for row in rows])
+        self.encoder.text_encoder.forget([row.text for row in self.encoder.rows(events)])
 
     @contextmanager
     def _turn(self, key: tuple[str, str]) -> Iterator[None]:

@@ -22,7 +22,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from persona.encoders import UserEncoder
-from persona.encoders.features import EventBatch, event_rows, make_batch
+from persona.encoders.features import EventBatch, make_batch
 from persona.encoders.hub import load_weights
 from persona.errors import DataError
 from persona.history import History
@@ -43,7 +43,7 @@ class Sequences:
     @classmethod
     def of(cls, encoder: UserEncoder, histories: Sequence[History]) -> Sequences:
         """Raises `DataError` when no history has two rows."""
-        rows = [event_rows(h.events, encoder.vocabulary) for h in histories]
+        rows = [encoder.rows(h.events) for h in histories]
         made = [make_batch([r], encoder.text_encoder) for r in rows if len(r) > 1]
         if not made:
             raise DataError("no history has two events; there is no next item to learn from")
