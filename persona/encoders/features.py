@@ -69,7 +69,7 @@ def event_rows(
 ) -> list[Row]:
     """Rows of `events` in order; `previous` is the time of the event before the first. Unknown sources make no row.
 
-    `named`: whether the text of a column's value begins with the column's name.
+    `named`: whether the text of a column's value begins with the column's name; that of an unknown column always does.
     """
     index = {name: i for i, name in enumerate(vocabulary.sources, 1)}
     rows = []
@@ -101,7 +101,7 @@ def _column_row(event: Event, name: str, index: dict[str, int], vocabulary: Voca
     row = Row(source=index[event.source], column=vocabulary.columns.get(key, 0), time=time)
     row.timestamp = event.timestamp or 0.0
     if isinstance(value, str):
-        row.text = f"{name}: {value}" if named else value
+        row.text = f"{name}: {value}" if named or not row.column else value
         row.category = vocabulary.categories.get(f"{key}/{value}", 0)
     elif value is not None:
         row.number = vocabulary.normalise(key, value)

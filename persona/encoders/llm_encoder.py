@@ -32,8 +32,8 @@ QUIET = 0.1
 class LLMUserEncoder(UserEncoder):
     """Event encoders, then an LM that reads events and instruction; see the module for the order."""
 
-    # An LM's words are read as their mean, in which the answer "Lyon" would drown in "city: Lyon". Nothing is lost: a
-    # column has a vector of its own.
+    # An LM's words are read as their mean, in which the answer "Lyon" would drown in "city: Lyon"; a column has a vector
+    # of its own.
     _named = False
 
     def __init__(self, config: EncoderConfig, vocabulary: Vocabulary, text_encoder: TextEncoder | None = None):

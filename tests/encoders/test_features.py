@@ -84,6 +84,11 @@ def test_one_row_for_an_event_and_one_for_a_column(small):
     ]
 
 
+def test_a_column_may_be_told_by_its_vector_alone_if_it_has_one(small):
+    rows = event_rows([Event("who", attributes={"city": "Oslo", "age": 40.0, "pet": "cat"})], small, named=False)
+    assert [(r.column, r.category, r.text) for r in rows] == [(1, 1, "Oslo"), (2, 0, ""), (0, 0, "pet: cat")]
+
+
 def test_time_features(small):
     day = 86_400.0
     rows = event_rows([Event("say"), Event("say", 0.0), Event("say", day / 4), Event("say", 7 * day)], small)

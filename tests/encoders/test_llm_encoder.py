@@ -189,6 +189,14 @@ def test_the_lm_reads_the_words_of_events(encoder, text_encoder):
     assert torch.equal(texts.vectors(["music"])[0, -64:], other) and texts.vectors([]).shape == (0, texts.dim)
 
 
+def test_a_columns_value_is_read_alone(encoder, vocabulary):
+    """The answer Ghent would be a third of the mean of "city: Ghent"; which column it is of, the column's vector says."""
+    assert vocabulary.columns["profile/city"]
+    profile = History("u", (Event("profile", attributes={"city": "Ghent"}),))
+    words = encoder.batch([profile]).text[0, 0, -64:]
+    assert torch.equal(words, encoder.text_encoder.vectors(["Ghent"])[0, -64:])
+
+
 def test_the_instruction_stands_in_the_lms_chat_template(encoder, config, vocabulary, text_encoder, tmp_path):
     before, after = (len(part) for part in encoder.backbone.frame)
     rendered = encoder.backbone.tokenizer.apply_chat_template(
