@@ -32,8 +32,7 @@ QUIET = 0.1
 class LLMUserEncoder(UserEncoder):
     """Event encoders, then an LM that reads events and instruction; see the module for the order."""
 
-    # An LM's words are read as their mean, in which the answer "Lyon" would drown in "city: Lyon"; a column has a vector
-    # of its own.
+    # Words are read as their mean, in which the answer "Lyon" would drown in "city: Lyon"; a column has its own vector.
     _named = False
 
     def __init__(self, config: EncoderConfig, vocabulary: Vocabulary, text_encoder: TextEncoder | None = None):

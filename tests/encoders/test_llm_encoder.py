@@ -190,7 +190,7 @@ def test_the_lm_reads_the_words_of_events(encoder, text_encoder):
 
 
 def test_a_columns_value_is_read_alone(encoder, vocabulary):
-    """The answer Ghent would be a third of the mean of "city: Ghent"; which column it is of, the column's vector says."""
+    """The answer Ghent would be a third of the mean of "city: Ghent"; the column's vector says what it is of."""
     assert vocabulary.columns["profile/city"]
     profile = History("u", (Event("profile", attributes={"city": "Ghent"}),))
     words = encoder.batch([profile]).text[0, 0, -64:]
