@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import json
 import sys
 import time
@@ -25,6 +24,7 @@ from differences import claims, difference, robustness, summary
 from persona.cli.common import quiet
 from persona.encoders import TextEncoder
 from persona.errors import PersonaError
+from persona.evaluation.claims import claim
 from persona.evaluation.instructed import KINDS, Instructed
 from persona.evaluation.runner import provenance, sizes
 from persona.history import History
@@ -33,7 +33,7 @@ from persona.history.render import render_history
 from persona.injection import PersonalizedLM
 from persona.training.noise import fitting, with_noise
 from persona.training.recipe import Domain, Recipe, load_recipe
-from persona.training.trained_on import check_unseen
+from persona.training.trained_on import check_unseen, fingerprint
 from persona.training.trainer import train_adapter
 
 SHARES = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -79,13 +79,8 @@ class Bench:
         """Refuses a folder of a run with other settings, whose adapters and tables would be taken for this one's."""
         recipe, asked = stated(self.domain.recipe), self.args
         settings = {"recipe": recipe, "llm": str(asked.llm), "steps": asked.steps, "probe_users": asked.probe_users}
-        settings |= {"noise": asked.noise, "users": self.domain.fingerprints(self.domain.train)}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        self.out.mkdir(parents=True, exist_ok=True)
-        file = self.out / "run.txt"
-        if file.exists() and file.read_text().strip() != digest:
-            raise PersonaError(f"{self.out} holds a run with another recipe, LLM, data or settings: give another --out")
-        file.write_text(digest + "\n")
+        settings |= {"noise": asked.noise, "users": fingerprint(self.domain.fingerprints(self.domain.train))}
+        claim(self.out / "run.json", settings, f"{self.out} holds a run")
 
     def _check_noise(self) -> None:
         """Raises `PersonaError` for sources that cannot be mixed in, before hours of training."""

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, set_seed
 
 from persona.encoders import TextEncoder, Vocabulary, make_encoder
 from persona.errors import DataError, PersonaError
+from persona.evaluation.claims import claim
 from persona.evaluation.lamp.files import write_predictions
 from persona.evaluation.lamp.lm_eval import export_lm_eval
 from persona.evaluation.lamp.methods import METHODS, Method
@@ -88,20 +89,8 @@ class LampBench:
             for s in self.domain.samples(part)
         ]
         recipe = {name: value for name, value in stated(self.domain.recipe).items() if name not in _MAKES_LM}
-        mine = {
-            "recipe": recipe,
-            "records": fingerprint(asked),
-            "llm": str(self.llm),
-            "steps": self.steps,
-        }
-        file = self.out / "run.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else mine
-        if other := [name for name in mine if known.get(name) != mine[name]]:
-            raise PersonaError(
-                f"{self.out} holds a run with another {' and '.join(other)}; give this one its own --out"
-            )
-        self.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+        mine = {"recipe": recipe, "records": fingerprint(asked), "llm": str(self.llm), "steps": self.steps}
+        claim(self.out / "run.json", mine, f"{self.out} holds a run")
         self._claimed = True
 
     @cached_property

@@ -6,6 +6,7 @@ Each stage writes into the run's folder and is skipped when its result lies ther
     align/BACKBONE-HEAD-sSEED/      an adapter for the frozen LLM; a resampler tunes the encoder with it
     align/learned-prompt-sSEED/     the control, trained on empty histories
     results/NAME.json               tables; results/baselines.json holds the rows without user tokens
+    made_from/NAME.json             settings, so that what is there is never taken for the work of others
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
@@ -25,14 +27,16 @@ from persona.encoders.backbones import BACKBONES
 from persona.encoders.backbones.matching import matched_inner, parameter_count
 from persona.encoders.heads import HEADS
 from persona.errors import PersonaError, RecipeError
+from persona.evaluation.claims import claim
 from persona.evaluation.uqa.table import baselines_table, soft_table
 from persona.evaluation.uqa.tasks import SUB_TASKS
+from persona.history.config import stated
 from persona.injection import PersonalizedLM
 from persona.injection.soft_prompt import Injection
 from persona.training.pretrain import pretrain
 from persona.training.ranking import leave_one_out
 from persona.training.recipe import Domain, Recipe
-from persona.training.trained_on import check_unseen, write_trained_on
+from persona.training.trained_on import check_unseen, fingerprint, write_trained_on
 from persona.training.trainer import train_adapter
 
 CONTROL = "learned-prompt"
@@ -120,10 +124,12 @@ class UQA:
 
     def pretrain(self, run: Run, steps: int | None = None) -> Path:
         """The pre-trained encoder's folder. Learns from training users, chooses its step by validation users."""
-        folder = self.out / "pretrain" / run.encoder
+        folder, recipe = self.out / "pretrain" / run.encoder, self.recipe(run)
+        parts = {"encoder": replace(recipe.encoder, head=HEADS[0]), "pretraining": recipe.pretraining}  # heads share it
+        self._claim(f"pretrain-{run.encoder}", parts, steps or recipe.pretraining.steps)
         if not (folder / "pretraining.json").exists():
             self.say(f"pre-training {folder.name}")
-            domain, recipe = self.domain, self.recipe(run)
+            domain = self.domain
             histories = [domain.histories[user] for user in domain.train]
             held = leave_one_out([domain.histories[user] for user in domain.validation])
             set_seed(run.seed)
@@ -135,11 +141,34 @@ class UQA:
 
     def align(self, run: Run, steps: int | None = None) -> Path:
         """The adapter's folder."""
-        return self._align(run.name, run, steps, pretrained=self.pretrain(run))
+        recipe = self.recipe(run)
+        parts = {"encoder": recipe.encoder, "training": recipe.training, "injection": recipe.injection}
+        self._claim(run.name, parts, steps or recipe.training.steps)
+        return self._align(run.name, run, steps, pretrained=self._pretrained(run))
 
     def align_control(self, run: Run, steps: int | None = None) -> Path:
         """The folder of the learned prompt: the same head and the same questions, but no user."""
-        return self._align(run.control, run, steps, pretrained=self.pretrain(run), without_history=True)
+        self._claim(run.control, {})  # runs of other shapes share it
+        return self._align(run.control, run, steps, pretrained=self._pretrained(run), without_history=True)
+
+    def _pretrained(self, run: Run) -> Path:
+        folder = self.out / "pretrain" / run.encoder
+        return folder if (folder / "pretraining.json").exists() else self.pretrain(run)
+
+    def _claim(self, name: str, parts: Mapping[str, object], steps: int | None = None) -> None:
+        """Refuses a folder whose `name` was made from other records, questions or `parts` of the recipe."""
+        recipe = self.domain.recipe
+        settings = {name: {k: v for k, v in stated(part).items() if k != "steps"} for name, part in parts.items()}
+        settings |= {"records": self._records, "window": recipe.window, "steps": steps}
+        if not name.startswith("pretrain-"):
+            settings |= {"llm": str(self.llm), "questions": {n: stated(q) for n, q in recipe.questions.items()}}
+        claim(self.out / "made_from" / f"{name}.json", settings, f"{self.out} holds {name}")
+
+    @cached_property
+    def _records(self) -> str:
+        domain = self.domain
+        users = [domain.fingerprints(part) for part in (domain.train, domain.validation, domain.test)]
+        return fingerprint(users, [len(history.events) for history in domain.histories.values()])
 
     def _align(self, name: str, run: Run, steps: int | None, **options) -> Path:
         folder = self.out / "align" / name

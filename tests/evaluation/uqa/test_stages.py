@@ -139,7 +139,8 @@ def test_a_mean_head_leaves_the_pretrained_encoder_as_it_is_and_the_resampler_tu
 def test_stages_stop_where_they_are_told(uqa_domain, llm_path, tmp_path):
     runs = {"backbones": ["set"], "heads": ["mlp"], "seeds": [3], "name": "small"}
     assert run_uqa(uqa_domain, llm_path, tmp_path, **runs, until="pretrain") == []
-    assert [p.name for p in tmp_path.iterdir()] == ["pretrain"] and (tmp_path / "pretrain" / "set-small-s3").is_dir()
+    assert {p.name for p in tmp_path.iterdir()} == {"made_from", "pretrain"}
+    assert [p.name for p in (tmp_path / "pretrain").iterdir()] == ["set-small-s3"]
     bench = UQA(uqa_domain, llm_path, tmp_path)
     with pytest.raises(PersonaError, match="holds no finished adapter; run the stage align first"):
         bench.evaluate(Run("set", "mlp", 3, "small"))
@@ -172,6 +173,29 @@ def test_a_user_who_was_not_asked_changes_no_mean(done, uqa_domain, llm_path, te
     values[:, 2] = np.nan
     summary = table.summary(values)
     assert "next_item" not in summary and "action prediction" not in summary and "mean" not in summary
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 3}, "holds sasrec-linear-s0 with another steps"),
+        ({"pretrain_steps": 5}, "holds pretrain-sasrec-s0 with another steps"),
+        ({"encoder": {"width": 48}}, "holds pretrain-sasrec-s0 with another encoder"),
+        ({"training": {"learning_rate": 0.5}}, "holds sasrec-linear-s0 with another training"),
+        ({"split": {"seed": 1}}, "holds pretrain-sasrec-s0 with another records"),
+        ({"llm": "other"}, "holds sasrec-linear-s0 with another llm"),
+    ],
+    ids=str,
+)
+def test_a_folder_of_other_settings_is_refused(done, uqa_domain, shop, llm_path, tmp_path, change, said):
+    recipe, options = uqa_domain.recipe, {name: change[name] for name in change if "steps" in name}
+    for name in {"encoder", "training", "split"} & change.keys():
+        recipe = replace(recipe, **{name: replace(getattr(recipe, name), **change[name])})
+    llm = llm_path if "llm" not in change else shutil.copytree(llm_path, tmp_path / "llm")
+    before = {file: file.read_bytes() for file in done[0].rglob("*") if file.is_file()}
+    with pytest.raises(PersonaError, match=f"{said}; give this one its own --out"):
+        run_uqa(Domain(recipe, shop), llm, done[0], backbones=["sasrec"], heads=["linear"], seeds=[0], **options)
+    assert {file: file.read_bytes() for file in done[0].rglob("*") if file.is_file()} == before
 
 
 def test_baselines_of_other_questions_are_not_compared_with(done, uqa_domain, llm_path, tmp_path):
