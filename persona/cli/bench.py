@@ -71,7 +71,11 @@ def bench_uqa(
     baselines: Annotated[bool, typer.Option(help="Also the rows without user tokens.")] = True,
     strict: Strict = False,
 ) -> None:
-    """Pre-trains, aligns and evaluates user embeddings as prompts: UQABench's seven sub-tasks, with controls."""
+    """Pre-trains, aligns and evaluates user embeddings as prompts: UQABench's seven sub-tasks, with controls.
+
+    The recipe's questions bear the sub-tasks' names: direct_feature, match_feature, next_item, next_attribute,
+    long_term_interest, short_term_interest, interest_trajectory; adapters/movies/uqa.yaml has them all.
+    """
     from persona.evaluation.uqa.run import run_uqa
 
     quiet()

@@ -71,5 +71,7 @@ def table(results: Sequence[dict]) -> str:
         for name, row in result["results"].items():
             title = label(name) if result["kind"] == "uqa-baselines" else f"{result['name']}: {label(name)}"
             cells = [cell(row.get(column)) for column in columns]
+            if not any(cells):  # a floor of one sub-task, which `persona bench report` shows
+                continue
             lines.append(f"| {title} | {' | '.join(cells)} | {row.get('tokens', {}).get('prompt', '')} |")
     return "\n".join(lines)
