@@ -101,7 +101,7 @@ def lm_build(
     recipe: Recipe,
     data: Data,
     out: Annotated[Path | None, typer.Option(help="Where to save; `lm` beside the recipe by default.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
     strict: Strict = False,
     report_to: ReportTo = "none",
 ) -> None:
@@ -119,7 +119,7 @@ def lm_lamp(
     data: Data,
     out: Annotated[Path, typer.Option(help="Where to save.")],
     start: Annotated[Path | None, typer.Option(help="Reference LM to go on from, instead of from scratch.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
     report_to: ReportTo = "none",
 ) -> None:
     """Trains a small Llama on a task in LaMP's form."""
@@ -139,7 +139,7 @@ def train(
     data: Data,
     llm: Annotated[str, typer.Option(help="Hugging Face name or path of the LLM, which stays frozen.")],
     out: Annotated[Path | None, typer.Option(help="Where to save; `weights` beside the recipe by default.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
     no_history: Annotated[
         bool, typer.Option("--no-history", help="Train the control: a learned prompt that sees no user.")
     ] = False,

@@ -66,8 +66,8 @@ def bench_uqa(
     change: Change = None,
     name: Annotated[str, typer.Option(help="Marks the runs of a changed recipe; part of their names.")] = "",
     stage: Annotated[str, typer.Option(help="all, or the last stage to run: pretrain, align, evaluate.")] = "all",
-    pretrain_steps: Annotated[int | None, typer.Option(help="Steps of pre-training, not the recipe's.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of alignment, not the recipe's.")] = None,
+    pretrain_steps: Annotated[int | None, typer.Option(min=1, help="Steps of pre-training, not the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of alignment, not the recipe's.")] = None,
     baselines: Annotated[bool, typer.Option(help="Also the rows without user tokens.")] = True,
     strict: Strict = False,
 ) -> None:
@@ -109,7 +109,7 @@ def bench_lamp(
     method: Annotated[list[str] | None, typer.Option(help="A method, main or all; repeat for several.")] = None,
     part: Annotated[str, typer.Option(help="validation or test.")] = "test",
     seed: Annotated[int, typer.Option(help="Seed of training, retrieval and intervals.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps of each training, not the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training, not the recipe's.")] = None,
     change: Change = None,
     export: Annotated[
         Path | None,
@@ -118,18 +118,20 @@ def bench_lamp(
 ) -> None:
     """LaMP: text, PPlug, LoRA and our user tokens on one task, with controls; answers in the official format, too."""
     from persona.evaluation.lamp.bench import LampBench
-    from persona.evaluation.lamp.methods import read_methods
+    from persona.evaluation.lamp.methods import METHODS, read_methods
     from persona.evaluation.lamp.table import lamp_table, markdown
 
     quiet()
     methods = read_methods(method or ["main"])
     run = LampBench(recipe, data, llm, out, changes=change or (), part=part, seed=seed, steps=steps, say=say)
     if export:
-        for name, chosen in methods.items():
-            if chosen.model == "llm":
-                say(f"wrote {run.export(name, export)}")
+        texts = [name for name, chosen in methods.items() if chosen.model == "llm"]
+        if not texts:
+            raise PersonaError(f"--export writes methods that are text alone; {', '.join(methods)} are not")
+        for name in texts:
+            say(f"wrote {run.export(name, export)}")
         return
-    result = lamp_table(run, list(methods))
+    result = lamp_table(run, [name for name in METHODS if name in methods or run.answered(name)])
     typer.echo(f"\n{markdown(result)}")
     write(out / "results" / f"{result['name']}.json", result)
 

@@ -40,6 +40,14 @@ def load_llm(name: str | Path, *, weights: bool = True, **kwargs):
     return llm.eval(), tokenizer
 
 
+def check_llm(name: str | Path) -> None:
+    """Raises `CheckpointError`, as `load_llm` would, for a name or path behind which no LLM is; loads no weights."""
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the LLM {str(name)!r} cannot be loaded: {error}") from error
+
+
 def _map_embeddings(llm: nn.Module, name: str | Path) -> None:
     """Gives a shell its input embeddings, memory-mapped, if they lie in a safetensors file under the usual name."""
     for file in ("model.safetensors.index.json", "model.safetensors"):

@@ -9,11 +9,13 @@ Each step writes into the run's folder and is skipped when its result lies there
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from transformers import AutoTokenizer, set_seed
@@ -35,8 +37,8 @@ from persona.evaluation.lamp.training import Collate, Draws, Write
 from persona.evaluation.lamp.user_lora import UserLora
 from persona.history.config import stated
 from persona.injection import SoftPromptLM, load_llm
-from persona.injection.llm import default_device
-from persona.training.trained_on import check_unseen, fingerprint, write_trained_on
+from persona.injection.llm import check_llm, default_device
+from persona.training.trained_on import check_unseen, write_trained_on
 from persona.training.trainer import AdapterTrainer, PersonaTrainer, fit
 
 BATCH = 32
@@ -67,7 +69,7 @@ class LampBench:
         if part not in ("validation", "test"):
             raise PersonaError(f"--part is validation or test, not {part!r}")
         self._claimed = False
-        self.changes, self.llm, self.out = tuple(changes), llm, Path(out)
+        self.changes, self.llm, self.out = tuple(changes), str(Path(llm)), Path(out)
         self.part, self.seed, self.steps, self.say = part, seed, steps, say
         self.recipes = {  # read once: a file that is edited meanwhile changes no run
             method.changes: load_lamp_recipe(recipe, [*changes, *method.changes]) for method in METHODS.values()
@@ -76,6 +78,7 @@ class LampBench:
         say(str(self.domain))
         self.samples = self.domain.samples(part)
         check_unseen(self.domain.fingerprints(part), llm, "questions")
+        check_llm(llm)  # before it is noted as this folder's
         if len({sample.profile.user for sample in self.samples}) < 2:
             raise DataError(f"{self.domain.recipe.name}: one user alone is asked; intervals and controls need others")
 
@@ -83,15 +86,18 @@ class LampBench:
         """Raises `PersonaError` if the folder holds another run; looks once."""
         if self._claimed:
             return
-        asked = [
-            (s.id, s.input, s.output, [event.event_id for event in s.profile.events])
-            for part in ("validation", "test")
-            for s in self.domain.samples(part)
-        ]
         recipe = {name: value for name, value in stated(self.domain.recipe).items() if name not in _MAKES_LM}
-        mine = {"recipe": recipe, "records": fingerprint(asked), "llm": str(self.llm), "steps": self.steps}
+        mine = {"recipe": recipe, "records": self._records(), "llm": self.llm, "steps": self.steps}
         claim(self.out / "run.json", mine, f"{self.out} holds a run")
         self._claimed = True
+
+    def _records(self) -> str:
+        """A digest of all that is learned from and asked, profiles included."""
+        domain, digest = self.domain, hashlib.sha256()
+        asked = (sample for part in ("validation", "test") for sample in domain.samples(part))
+        for record in chain(asked, domain.histories(), domain.training_answers()):
+            digest.update(repr(record).encode(errors="surrogatepass"))
+        return digest.hexdigest()[:16]
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -186,12 +192,19 @@ class LampBench:
 
     # --- answering ----------------------------------------------------------------------------------------------
 
+    def answered(self, name: str) -> bool:
+        """Whether the answers of a method lie in the run's folder."""
+        return self._predicted(name).with_suffix(".cost.json").exists()
+
+    def _predicted(self, name: str) -> Path:
+        return self.out / "predictions" / self.part / f"{name}-s{self.seed}.json"
+
     def predictions(self, name: str) -> dict:
         """The answers of a method by sample id, with tokens and seconds: `{"answers", "tokens", "seconds"}`."""
         self._claim_folder()
-        file = self.out / "predictions" / self.part / f"{name}-s{self.seed}.json"
+        file = self._predicted(name)
         cost = file.with_suffix(".cost.json")
-        if not cost.exists():
+        if not self.answered(name):
             method = METHODS[name]
             model = self.trained(name)
             self.say(f"answering with {name}")

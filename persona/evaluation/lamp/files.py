@@ -85,7 +85,7 @@ def read_predictions(path: Path, task: Task) -> dict[str, str]:
         question_id = _id(where, record)
         if question_id in predictions:
             raise DataError(f"{where}: a record before it has the id {question_id!r} too; an id has one output")
-        predictions[question_id] = _field(where, record, "output", str)
+        predictions[question_id] = str(_field(where, record, "output", str, int, Decimal))
     return predictions
 
 
@@ -135,7 +135,9 @@ def open_json(path: Path, first: str) -> Iterator[BinaryIO]:
             file.seek(len(head) - len(begin))
             yield file
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); download_lamp fetches official files") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); `persona data lamp` fetches files of a task"
+        ) from None
     except (ijson.JSONError, UnicodeDecodeError) as error:
         reason = re.split(r"\n|\\n", str(error))[0].removeprefix("b'")  # a drawing of the place follows
         raise DataError(f"{path}: is not whole JSON ({reason}); fetch or write it again") from None

@@ -35,7 +35,7 @@ def score(task: Task, predictions: Mapping[str, str], golds: Mapping[str, str]) 
     if task.kind == "generation":
         values = [per_sample(task, predictions[id], gold) for id, gold in golds.items()]
         return {name: math.fsum(v[name] for v in values) / len(values) for name in ROUGE}
-    right = [_label(task, gold) for gold in golds.values()]
+    right = [_label(task, gold, f" of question {id!r}") for id, gold in golds.items()]
     answers = [predictions[id].strip() for id in golds]
     if task.kind == "rating":
         stars = [float(gold) for gold in right]
@@ -96,9 +96,10 @@ def _check_ids(predictions: Mapping[str, str], golds: Mapping[str, str]) -> None
         )
 
 
-def _label(task: Task, gold: str) -> str:
+def _label(task: Task, gold: str, of: str = "") -> str:
     if gold.strip() not in task.labels:
-        raise DataError(f"{task.name}: the gold answer {gold!r} is none of {', '.join(task.labels)}; check the task")
+        known = ", ".join(task.labels)
+        raise DataError(f"{task.name}: the gold answer {gold!r}{of} is none of {known}; check the task")
     return gold.strip()
 
 

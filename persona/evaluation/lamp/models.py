@@ -95,8 +95,8 @@ class PlainLM(SoftPromptLM):
 def other_people(samples: Sequence[Sample]) -> list[Sample]:
     """The same questions, each with the profile of the next user who asks one: the shuffled-user control.
 
-    Users whose profile holds the event asked about, as a co-author's may, are passed over. Raises `PersonaError` where
-    nobody is left.
+    Users without a profile are passed over, and those whose profile holds the event asked about, as a co-author's may.
+    Raises `PersonaError` where nobody is left.
     """
     profiles = {sample.profile.user: sample.profile for sample in reversed(samples)}  # of each user's first question
     users = list(dict.fromkeys(sample.profile.user for sample in samples))
@@ -107,7 +107,7 @@ def other_people(samples: Sequence[Sample]) -> list[Sample]:
         at = place[sample.profile.user]
         others = [*users[at + 1 :], *users[:at]]
         target = sample.target.event_id if sample.target else None
-        other = next((user for user in others if target is None or target not in ids[user]), None)
+        other = next((user for user in others if ids[user] and (target is None or target not in ids[user])), None)
         if other is None:
             raise PersonaError(f"there is no other user whose profile question {sample.id!r} could be asked with")
         shuffled.append(replace(sample, profile=profiles[other]))

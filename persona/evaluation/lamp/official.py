@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from persona.errors import DataError
-from persona.evaluation.lamp.domain import PROFILE, Draw, LampDomain, shortened
+from persona.evaluation.lamp.domain import Draw, LampDomain, shortened
 from persona.evaluation.lamp.files import SOURCE, official_paths, read_samples
 from persona.evaluation.lamp.recipe import LampRecipe
 from persona.evaluation.lamp.sample import Sample
@@ -19,28 +18,30 @@ from persona.training.trained_on import fingerprint
 
 
 class OfficialDomain:
-    """The train and dev files of a task: dev is the test, since test outputs are not public; a part of train validates.
+    """The files of a task. What is asked is the test part where its outputs lie there, else dev; `asked` says which.
 
-    All questions are held in memory, with the newest 512 items of each profile: some 1.5 GB for the largest tasks.
+    A part of train validates. All questions are held in memory with their profiles: some 2 GB for the largest tasks.
     """
 
     def __init__(self, recipe: LampRecipe, data: str | Path):
         self.recipe, self.sources = recipe, {SOURCE: SourceSpec("text")}
-        train, dev = self._read(Path(data), "train"), self._read(Path(data), "dev")
+        outputs = official_paths(Path(data), self.task, recipe.official, "test")[1]
+        self.asked = "test" if outputs and outputs.exists() else "dev"
+        """The official part that is asked. The test outputs of the user split are not public."""
+        train, asked = self._read(Path(data), "train"), self._read(Path(data), self.asked)
         order = np.random.default_rng([recipe.split.seed, 0]).permutation(len(train))
         held = round(recipe.split.validation * len(train))
         self.validation = [train[i] for i in order[:held][: recipe.split.most]]
         self.train = [train[i] for i in order[held:]]
-        chosen = np.random.default_rng([recipe.split.seed, 2]).permutation(len(dev))[: recipe.split.most]
-        self.test = [dev[i] for i in sorted(chosen)]
-        self.report = f"{recipe.task}: {len(train)} train and {len(dev)} dev questions"
+        chosen = np.random.default_rng([recipe.split.seed, 2]).permutation(len(asked))[: recipe.split.most]
+        self.test = [asked[i] for i in sorted(chosen)]
+        self.report = f"{recipe.task}: {len(train)} train and {len(asked)} {self.asked} questions"
         if not (self.train and self.validation and self.test):
             raise DataError(f"{self.report}: too few to train, validate and test")
 
     def _read(self, data: Path, part: str) -> list[Sample]:
         questions, outputs = official_paths(data, self.task, self.recipe.official, part)
-        samples = read_samples(questions, outputs, self.task)
-        return [replace(sample, profile=sample.profile.last(PROFILE)) for sample in samples]
+        return list(read_samples(questions, outputs, self.task))
 
     def __str__(self) -> str:
         return self.report
@@ -56,7 +57,7 @@ class OfficialDomain:
 
     def fingerprints(self, part: str) -> set[str]:
         """Of questions."""
-        file = "dev" if part == "test" else "train"
+        file = self.asked if part == "test" else "train"
         samples = self.train if part == "train" else self.samples(part)
         return {fingerprint(self.task.name, self.recipe.official, file, sample.id) for sample in samples}
 

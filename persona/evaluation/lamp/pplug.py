@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from persona.encoders import TextEncoder
+from persona.evaluation.lamp.domain import PROFILE
 from persona.evaluation.lamp.recipe import LampRecipe
 from persona.evaluation.lamp.sample import Sample
 from persona.evaluation.lamp.tasks import TASKS
@@ -66,7 +67,7 @@ class PPlug(SoftPromptLM):
 
     def condition(self, samples: Sequence[Sample]) -> dict:
         """Vectors of the profiles and the payloads of the inputs; see `forward`."""
-        texts = [[self._text(item) for item in sample.profile.events] for sample in samples]
+        texts = [[self._text(item) for item in sample.profile.events[-PROFILE:]] for sample in samples]
         self.text_encoder.vectors([text for each in texts for text in each])  # all of them in one go
         vectors = [self.text_encoder.vectors(each) for each in texts]
         padded = nn.utils.rnn.pad_sequence(vectors, batch_first=True)

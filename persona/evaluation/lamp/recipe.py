@@ -44,8 +44,8 @@ class LampSplit:
     def __post_init__(self):
         if (self.by == "time") != (self.test_from is not None):
             raise ValueError("test_from belongs to a split by time, and such a split needs it")
-        if not 0 < self.validation < 1 or (self.by == "user" and not 0 < self.train < 1 - self.validation):
-            raise ValueError("train and validation are shares that leave something for the test")
+        if not 0 < self.validation < 1 or not 0 < self.train < 1:
+            raise ValueError("train and validation are shares between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,8 @@ class LampRecipe:
             if self.sources or self.readers or self.source or self.fields:
                 raise ValueError("official files need no sources, readers, source and fields; leave them out")
             return
+        if self.split.by == "user" and self.split.train + self.split.validation >= 1:
+            raise ValueError("split: train and validation are shares that leave something for the test")
         if self.task in ("LaMP_1", "LaMP_7"):
             raise ValueError(f"{self.task} cannot be made from records: its questions are not of the form of its items")
         if self.source not in self.sources:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def about(bench: LampBench, names: Sequence[str]) -> dict:
     return {
         "config": {
             "llm": Path(bench.llm).name,
-            "part": bench.part,
+            "part": getattr(bench.domain, "asked", "test") if bench.part == "test" else bench.part,
             "split": recipe.official or recipe.split.by,
             "max_length": recipe.max_length,
             "beams": 1,
@@ -127,7 +128,7 @@ def about(bench: LampBench, names: Sequence[str]) -> dict:
         },
         "data": {"questions_sha256": hashlib.sha256(ids.encode()).hexdigest()[:16]},
         "seed": bench.seed,
-        "command": "persona " + " ".join(sys.argv[1:]),
+        "command": _command(names),
         "git_hash": git_hash(),
         "versions": {name: version(name) for name in ("torch", "transformers", "persona")},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -148,3 +149,11 @@ def interval_cell(value: dict) -> str:
     """`.123 [.100, .150]`, or the value alone."""
     text = f"{value['value']:.3f}"
     return f"{text} [{value['low']:.3f}, {value['high']:.3f}]" if "low" in value else text
+
+
+def _command(names: Sequence[str]) -> str:
+    """The command, with the rows that an earlier one has left in the folder."""
+    given = sys.argv[1:]
+    asked = [value for option, value in pairwise(given) if option in ("--method", "--methods")]
+    kept = [] if {"main", "all"} & {*asked} or not asked else [name for name in names if name not in asked]
+    return " ".join(["persona", *given, *(f"--method {name}" for name in kept)])

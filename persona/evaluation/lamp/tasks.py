@@ -93,7 +93,7 @@ TASKS = {
             kind="classification",
             input='For an author who has written the paper with the title "{title}", which reference is related? '
             'Just answer with [1] or [2] without explanation. [1]: "{first}" [2]: "{second}"',
-            payload=r'explanation\. \[1\]: "(.*?)" \[2\]: "(.*)"$',
+            payload=r'explanation\. \[1\]: "(.*?)" \[2\]: "(.*)"\s*$',
             document="{title} {abstract}",
             part='"{title}"',
             long="title",

@@ -317,7 +317,7 @@ def test_another_part_is_refused(bench, part):
 
 def test_an_llm_that_has_seen_the_questions_is_refused_and_leaves_no_trace(done, bench, tmp_path, lm):
     first = done[0]
-    (tmp_path / "lm").mkdir()
+    shutil.copytree(lm, tmp_path / "lm")
     write_trained_on(sorted(first.domain.fingerprints("test"))[:1], tmp_path / "lm")
     with pytest.raises(DataError, match=r"lm was trained on 1 of the 4 questions to be asked"):
         bench(llm=tmp_path / "lm")
@@ -351,6 +351,28 @@ def test_answers_to_other_records_are_not_taken_for_its_own(done, bench, records
     (tmp_path / "records" / "ratings.csv").write_text(text)
     with pytest.raises(PersonaError, match="give this one its own --out"):
         bench(tmp_path / "copy", data=tmp_path / "records").predictions("ours")
+
+
+def test_an_llm_that_is_not_there_does_not_claim_the_folder(bench, tmp_path):
+    with pytest.raises(PersonaError, match="cannot be loaded"):
+        bench(llm=tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_lie_in_the_folder_stay_in_the_result(run, done, recipe, records, lm, tmp_path):
+    shutil.copytree(done[0].out, tmp_path / "out")
+    said = run("bench", "lamp", recipe, "--data", records, "--llm", lm, "--out", tmp_path / "out", "--steps", 2,
+               "--method", "no_history")  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    result = json.loads((tmp_path / "out" / "results" / "films-s0.json").read_text())
+    assert set(NAMES) <= set(result["results"]) and "answering" not in said.stderr
+    assert result["command"].count("--method") == len(NAMES) and "--method ours_k1" in result["command"]
+
+
+def test_an_export_of_what_is_no_text_is_refused(run, recipe, records, lm, tmp_path):
+    said = run("bench", "lamp", recipe, "--data", records, "--llm", lm, "--out", tmp_path / "out",
+               "--method", "ours", "--export", tmp_path / "tasks")  # fmt: skip
+    assert said.returncode == 1 and "--export writes methods that are text alone; ours are not" in said.stderr
 
 
 def test_a_recipe_that_is_edited_meanwhile_changes_no_run(bench, recipe, tmp_path):

@@ -131,7 +131,7 @@ def papers(written, tmp_path_factory):
         ("split.test_from=2019-01-01", "split test_from belongs to a split by time"),
         ("split.by=time", "split test_from belongs to a split by time, and such a split needs it"),
         ("split.by=row", "split.by must be 'user' or 'time', not 'row'"),
-        ("split.train=0.9", "split train and validation are shares that leave something"),
+        ("split.train=0.9", "split: train and validation are shares that leave something"),
         ("split.validation=0", "split train and validation are shares"),
         ("split.per_user=0", "split.per_user must be greater than 0"),
         ("pplug.temperature=0", "pplug temperature must be positive, not 0"),

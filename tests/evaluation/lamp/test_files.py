@@ -317,7 +317,7 @@ def test_ids_of_outputs_may_be_numbers_and_an_output_may_be_empty(tmp_path, offi
         ({"task": "LaMP_3", "golds": ["5"]}, r"p.json, record 0 of golds \(counted from 0\): must be a JSON object"),
         ({"task": "LaMP_3", "golds": [{"output": "5"}]}, "record 0 of golds .*: id is missing"),
         ({"task": "LaMP_3", "golds": [{"id": "1"}]}, "record 0 of golds .*: output is missing; it must be a string"),
-        ({"task": "LaMP_3", "golds": [{"id": "1", "output": 5}]}, "output is a int; it must be a string"),
+        ({"task": "LaMP_3", "golds": [{"id": "1", "output": [5]}]}, "output is a list; it must be a string"),
         (
             {"task": "LaMP_3", "golds": [{"id": "1", "output": "5"}, {"id": 1, "output": "4"}]},
             "record 1 of golds .*: a record before it has the id '1' too",

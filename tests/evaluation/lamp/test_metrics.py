@@ -102,7 +102,7 @@ def test_order_of_ids_does_not_matter():
 
 @pytest.mark.parametrize("name", ["LaMP_1", "LaMP_2", "LaMP_3"])
 def test_a_gold_answer_of_another_task_is_refused(name):
-    with pytest.raises(DataError, match=f"{name}: the gold answer 'A headline' is none of"):
+    with pytest.raises(DataError, match=f"{name}: the gold answer 'A headline' of question 'a' is none of"):
         score(TASKS[name], {"a": "5"}, {"a": "A headline"})
 
 

@@ -143,14 +143,27 @@ def test_most_and_the_seed_choose(files):
     assert len(others) > 1
 
 
-def test_profiles_are_cut_to_the_newest_512_items(files, official, records):
+def test_profiles_are_whole_for_retrieval(files, official, records):
     folder = files("LaMP_5", "time")
     questions, golds = records("LaMP_5", "time")
     item = questions[0]["profile"][0]
     questions[0]["profile"] = [{**item, "id": str(n), "date": str(1400 + n)} for n in range(PROFILE + 3)]
     official(folder, "LaMP_5", "time", "dev", (questions, golds))
     profile = OfficialDomain(make_recipe(split="time"), folder).test[0].profile
-    assert [event.event_id for event in profile.events] == [str(n) for n in range(3, PROFILE + 3)]
+    assert [event.event_id for event in profile.events] == [str(n) for n in range(PROFILE + 3)]
+
+
+def test_the_test_part_is_asked_where_its_outputs_are(files, official):
+    folder = files("LaMP_5", "time")
+    official(folder, "LaMP_5", "time", "test")
+    domain = OfficialDomain(make_recipe(split="time"), folder)
+    assert domain.asked == "test" and "3 train and 3 test questions" in domain.report
+    (folder / "time" / "LaMP_5" / "test" / "test_outputs.json").unlink()
+    assert OfficialDomain(make_recipe(split="time"), folder).asked == "dev"
+
+
+def test_an_official_recipe_needs_no_share_of_training_users():
+    assert LampRecipe(name="o", task="LaMP_5", official="user", split=LampSplit(validation=0.2)).split.validation == 0.2
 
 
 def test_too_few_questions_and_missing_files_are_errors(files):
