@@ -16,7 +16,7 @@ from persona.evaluation.report import cell, replace_section
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DETAILS, README = ROOT / "benchmarks" / "README.md", ROOT / "README.md"
-RUNS = ("demo", "objectives", "movies")
+RUNS = ("demo", "movies")
 VARIANTS = {
     "both": "LLM encoder, contrastive + answer loss",
     "contrastive": "LLM encoder, contrastive",
