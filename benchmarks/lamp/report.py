@@ -11,7 +11,7 @@ from pathlib import Path
 from persona.evaluation.lamp.methods import METHODS
 from persona.evaluation.lamp.table import OURS, interval_cell, shown
 from persona.evaluation.lamp.tasks import TASKS
-from persona.evaluation.report import replace_section
+from persona.evaluation.report import decimals, replace_section
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,7 +71,8 @@ def rows(result: dict, names, metrics: list[str]) -> list[str]:
         cells = [interval_cell(row[metric]) for metric in metrics]
         for key in taken:
             paired = result[key].get(name, {}).get(compared)
-            cells.append(f"{paired['value']:+.3f} [{paired['low']:+.3f}, {paired['high']:+.3f}]" if paired else "")
+            printed = [decimals(paired[n], signed=True) for n in ("value", "low", "high")] if paired else []
+            cells.append("{} [{}, {}]".format(*printed) if printed else "")
         cost = [row.get("tokens", ""), row.get("seconds", "")]
         lines.append(f"| {name} | " + " | ".join(map(str, [*cells, *cost])) + " |")
     return lines

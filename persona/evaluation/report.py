@@ -123,8 +123,14 @@ def cell(value: dict | None, signed: bool = False) -> str:
     """An accuracy, or a difference, with its interval; empty for None."""
     if value is None:
         return ""
-    form = "+.3f" if signed else ".3f"
-    return f"{value['acc']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
+    acc, low, high = (decimals(value[name], signed) for name in ("acc", "low", "high"))
+    return f"{acc} [{low}, {high}]"
+
+
+def decimals(value: float, signed: bool = False) -> str:
+    """Three decimals; a difference has a sign, unless it is zero as it is printed."""
+    text = f"{value:+.3f}" if signed else f"{value:.3f}"
+    return "0.000" if float(text) == 0 else text
 
 
 def update_readme(readme: str | Path, results: Sequence[str | Path]) -> list[str]:

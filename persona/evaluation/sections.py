@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from persona.evaluation.plots import Curve, Dots, curve_plot, dot_plot, limits
+from persona.evaluation.report import decimals
 from persona.evaluation.result_files import Result, Value
 
 DIMENSIONS = ("sequence understanding", "action prediction", "interest perception")
@@ -319,12 +320,12 @@ def _cell(value: Value, signed: bool) -> Cell:
     """Three decimals; differences have a sign, and a mark where their interval excludes 0."""
     if math.isnan(value.value):
         return Cell(UNKNOWN)
-    form = "+.3f" if signed else ".3f"
     known = not (math.isnan(value.low) or math.isnan(value.high))
-    interval = f"[{value.low:{form}}, {value.high:{form}}]" if known else ""
+    interval = f"[{decimals(value.low, signed)}, {decimals(value.high, signed)}]" if known else ""
+    text = decimals(value.value, signed)
     if signed and value.excludes_zero:
-        return Cell(f"{'▲' if value.low > 0 else '▼'} {value.value:{form}}", interval, strong=True)
-    return Cell(f"{value.value:{form}}", interval)
+        return Cell(f"{'▲' if value.low > 0 else '▼'} {text}", interval, strong=True)
+    return Cell(text, interval)
 
 
 def _plain(value: object) -> str:

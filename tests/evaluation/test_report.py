@@ -5,7 +5,7 @@ import json
 import pytest
 
 from persona.errors import DataError
-from persona.evaluation.report import label, load_result, markdown_table, paired_table, update_readme
+from persona.evaluation.report import cell, label, load_result, markdown_table, paired_table, update_readme
 
 CELL = {"acc": 0.5, "low": 0.25, "high": 0.75}
 RESULT = {
@@ -33,6 +33,11 @@ def test_a_table_states_method_tokens_interval_n_seed_and_command():
 def test_differences_are_signed():
     assert "+0.500 [-0.250, +0.750]" in paired_table(RESULT)
     assert label("ours_k16") == "**ours, K = 16**" and label("new_method") == "new_method"
+
+
+def test_a_difference_that_is_printed_as_zero_has_no_sign():
+    assert cell({"acc": 0.0, "low": -0.0004, "high": 0.0004}, signed=True) == "0.000 [0.000, 0.000]"
+    assert cell({"acc": 0.0, "low": -0.0006, "high": 0.0006}, signed=True) == "0.000 [-0.001, +0.001]"
 
 
 def test_the_readme_gets_the_table_between_its_markers_again_and_again(tmp_path):
