@@ -143,7 +143,8 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; is {path.parent} a folder made by save_pretrained?") from None
+        problem = foreign(path.parent) or f"{path} is missing; is {path.parent} a folder made by save_pretrained?"
+        raise CheckpointError(problem) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); save the checkpoint again") from None
 
@@ -153,7 +154,20 @@ def read_config(cls: type[T], path: Path) -> T:
     try:
         return parse_config(cls, read_json(path), str(path))
     except RecipeError as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(foreign(path.parent) or str(error)) from None
+
+
+def foreign(folder: Path) -> str:
+    """What is wrong with a folder that holds a transformers model or a peft adapter in place of ours; else empty."""
+    for name, key in (("config.json", "model_type"), ("adapter_config.json", "peft_type")):
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict) and key in found:
+            kind = f"{found[key]} model" if key == "model_type" else f"peft {found[key]} adapter"
+            return f"{folder} holds no persona encoder or adapter (its {name} is of a {kind})"
+    return ""
 
 
 def load_weights(model, path: Path, *, without: str | None = None) -> None:

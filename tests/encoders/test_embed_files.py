@@ -267,7 +267,7 @@ def test_revision_is_of_all_three_files(encoder, tmp_path):
         encoder_revision(folder)
 
 
-def test_the_verb_embeds_resumes_and_refuses(run, encoder, events, out, histories, tmp_path):
+def test_the_verb_embeds_resumes_and_refuses(run, encoder, events, out, histories, llm_path, tmp_path):
     adapter = tmp_path / "adapter"
     encoder.save_pretrained(adapter / "encoder")
     (adapter / "adapter_config.json").write_text("{}")
@@ -289,3 +289,6 @@ def test_the_verb_embeds_resumes_and_refuses(run, encoder, events, out, historie
     assert rows.instruction.tolist() == ["a", "b"] * 11 and {len(v) for v in rows.embedding} == {8}
     nowhere = run("embed", tmp_path / "nothing", *call[2:])
     assert nowhere.returncode == 1 and nowhere.stderr.startswith("persona: ")
+    an_lm = run("embed", llm_path, *call[2:])
+    assert an_lm.returncode == 1 and len(an_lm.stderr.splitlines()) == 1
+    assert "holds no persona encoder or adapter (its config.json is of a llama model)" in an_lm.stderr

@@ -92,6 +92,17 @@ def test_bad_config_value(saved, text_encoder, field, value, message):
         load(saved, text_encoder)
 
 
+def test_a_folder_of_something_else(llm_path, tmp_path):
+    for path in (llm_path, str(llm_path)):
+        with pytest.raises(CheckpointError) as refused:
+            UserEncoder.from_pretrained(path)
+        said = f"{llm_path} holds no persona encoder or adapter (its config.json is of a llama model)"
+        assert str(refused.value) == said
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    with pytest.raises(CheckpointError, match=r"no persona encoder or adapter \(its adapter_config.json is of a peft"):
+        UserEncoder.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "nobody/no-such-encoder", "not a name!"])
 def test_nothing_there(name):
     with pytest.raises(CheckpointError, match="neither a folder nor a repository"):

@@ -71,6 +71,14 @@ def test_an_adapter_config_with_an_unknown_field(saved):
         PersonalizedLM.from_pretrained(saved)
 
 
+def test_an_llm_or_a_lora_in_place_of_an_adapter(llm_path, tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no persona encoder or adapter \(its config.json is of a llama"):
+        PersonalizedLM.from_pretrained(llm_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    with pytest.raises(CheckpointError, match=r"no persona encoder or adapter \(its adapter_config.json is of a peft"):
+        PersonalizedLM.from_pretrained(tmp_path)
+
+
 def test_an_llm_that_cannot_be_read(llm_path, tmp_path):
     with pytest.raises(CheckpointError, match="no/such/llm"):
         load_llm("no/such/llm")
