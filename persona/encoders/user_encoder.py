@@ -15,7 +15,7 @@ from torch import nn
 
 from persona.encoders.backbones import build_backbone
 from persona.encoders.config import EncoderConfig
-from persona.encoders.embedding import EmbeddingMixin, pooled
+from persona.encoders.embedding import EmbeddingMixin, check_whole, pooled
 from persona.encoders.events import EventEncoder
 from persona.encoders.features import EventBatch, Row, event_rows, make_batch, newest
 from persona.encoders.heads import build_head
@@ -295,7 +295,7 @@ class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
 
     def check_count(self, count: int | None) -> int:
         """How many tokens are asked for, all K by default; raises `EventError` when the encoder makes fewer."""
-        count = self.config.tokens if count is None else count
+        count = self.config.tokens if count is None else check_whole("the number of tokens", count)
         if not 1 <= count <= self.config.tokens:
             raise EventError(f"this encoder makes 1 to {self.config.tokens} tokens, not {count}")
         return count

@@ -33,6 +33,42 @@ def test_one_instruction_for_each_user(encoder, shop_histories):
     assert not np.allclose(each[2], encoder.encode(shop_histories, ASK)[2], atol=1e-3)
 
 
+def test_one_user_or_one_answer_gives_one_vector(encoder, shop_histories):
+    (first, *_), (word,) = encoder.encode(shop_histories, ASK, dim=8), encoder.encode_answers(["garden"])
+    for alone in (encoder.encode(shop_histories[0], ASK, dim=8), encoder.encode(shop_histories[0], [ASK], dim=8)):
+        assert alone.shape == (8,) and np.allclose(alone, first, atol=1e-5)
+    assert encoder.encode(shop_histories[0], convert_to_tensor=True).shape == (32,)
+    assert np.allclose(encoder.encode_answers("garden"), word, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"histories": ["a"]}, r"histories\[0\] must be a History, not str"),
+        ({"histories": "a"}, "histories must be a History or a list of them, not str"),
+        ({"histories": None}, "histories must be a History or a list of them, not NoneType"),
+        ({"instruction": None}, "instruction must be a string or a list of them, not NoneType"),
+        ({"instruction": [ASK, None, ASK]}, r"instruction\[1\] must be a string, not NoneType"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
+        ({"batch_size": "8"}, r"batch_size must be a whole number, not '8' \(str\)"),
+        ({"dim": 8.0}, r"dim must be a whole number, not 8.0 \(float\)"),
+        ({"tokens": True}, "the number of tokens must be a whole number, not True"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused(encoder, shop_histories, given, message):
+    with pytest.raises(EventError, match=message):
+        encoder.encode(**{"histories": shop_histories, **given})
+    if given.keys() & {"dim", "batch_size"}:
+        with pytest.raises(EventError, match=message):
+            encoder.encode_answers(["x"], **given)
+
+
+def test_texts_of_answers_are_strings(encoder):
+    for texts, message in ((None, "texts must be a string or a list"), (["a", 7], r"texts\[1\] must be a string")):
+        with pytest.raises(EventError, match=message):
+            encoder.encode_answers(texts)
+
+
 def test_nobody_to_encode(encoder):
     assert encoder.encode([], ASK).shape == (0, 32) and encoder.encode_answers([], dim=4).shape == (0, 4)
 
