@@ -40,5 +40,5 @@ lock:
 demo-weights: .venv/ready
 	$(BIN)/persona data shop --out build/shop
 	$(BIN)/persona lm build adapters/demo/recipe.yaml --data build/shop
-	$(BIN)/persona train adapters/demo/recipe.yaml --data build/shop --llm adapters/demo/lm
-	$(BIN)/persona train adapters/demo/recipe.yaml --data build/shop --llm adapters/demo/lm --no-history
+	$(BIN)/persona train adapters/demo/recipe.yaml --data build/shop --llm adapters/demo/lm --overwrite
+	$(BIN)/persona train adapters/demo/recipe.yaml --data build/shop --llm adapters/demo/lm --no-history --overwrite

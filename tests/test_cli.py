@@ -55,6 +55,13 @@ def test_a_table_takes_no_adapter_for_a_control_and_no_training_user_for_a_test_
     assert known.returncode == 1 and "was trained on" in known.stderr
 
 
+def test_training_does_not_replace_an_adapter_unless_told(run, tmp_path):
+    run("data", "shop", "--out", tmp_path / "shop", "--users", "20")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    done = run("train", DEMO, "--data", tmp_path / "shop", "--llm", DEMO.parent / "lm", "--out", tmp_path)
+    assert done.returncode == 1 and "holds an adapter already; give another --out, or --overwrite" in done.stderr
+
+
 def test_uqa_says_what_it_cannot_run(run, tmp_path):
     options = ("--data", "nowhere", "--llm", "adapters/demo/lm", "--out", str(tmp_path / "out"))
     recipe = ROOT / "adapters" / "movies" / "uqa.yaml"

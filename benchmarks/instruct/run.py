@@ -110,6 +110,7 @@ class Bench:
             steps=self.args.steps,
             without_history=control,
             resume=True,
+            overwrite=True,
             text_encoder=self.text_encoder,
         )
 

@@ -145,6 +145,7 @@ def train(
     ] = False,
     change: Change = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that lies in --out.")] = False,
     strict: Strict = False,
     report_to: ReportTo = "none",
 ) -> None:
@@ -153,7 +154,16 @@ def train(
 
     out = out or recipe.parent / ("control" if no_history else "weights")
     domain = open_domain(recipe, data, strict, change or ())
-    train_adapter(domain, llm, out, steps=steps, without_history=no_history, resume=resume, report_to=report_to)
+    train_adapter(
+        domain,
+        llm,
+        out,
+        steps=steps,
+        without_history=no_history,
+        resume=resume,
+        overwrite=overwrite,
+        report_to=report_to,
+    )
     say(f"saved the adapter to {out}")
 
 

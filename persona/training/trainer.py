@@ -158,6 +158,7 @@ def train_adapter(
     steps: int | None = None,
     without_history: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     report_to: str = "none",
     text_encoder: TextEncoder | None = None,
     pretrained: str | Path | None = None,
@@ -165,10 +166,13 @@ def train_adapter(
     """Trains encoder and projector for `domain` on a frozen LLM and saves the adapter to `out`.
 
     `pretrained` is the folder of a pre-trained encoder to start from; see `persona.training.pretrain`. For `resume`
-    and its error see `fit`. Started by accelerate launch or torchrun, each process has its share of every batch, and
-    all end with the same weights.
+    and its error see `fit`. Raises `PersonaError` where `out` holds an adapter already and no unfinished run, unless
+    `overwrite` says that it is to be replaced. Started by accelerate launch or torchrun, each process has its share of
+    every batch, and all end with the same weights.
     """
-    refuse_unfinished(out, resume)
+    unfinished = refuse_unfinished(out, resume)
+    if (Path(out) / "adapter_config.json").exists() and not unfinished and not overwrite:
+        raise PersonaError(f"{out} holds an adapter already; give another --out, or --overwrite")
     recipe = domain.recipe
     config = recipe.training
     with joined():

@@ -1,5 +1,6 @@
 """Training an adapter: it learns, it can be stopped and resumed, and its control sees no user."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -150,3 +151,17 @@ def test_an_unfinished_run_is_neither_overwritten_nor_left_behind(domain, llm_pa
     train_adapter(domain, llm_path, tmp_path, steps=1, text_encoder=text_encoder)
     assert {p.name for p in tmp_path.iterdir()} >= {"training.json", "trained_on.json", "adapter_config.json"}
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_an_adapter_is_replaced_only_when_told(domain, llm_path, text_encoder, tmp_path):
+    options = {"text_encoder": text_encoder}
+    train_adapter(domain, llm_path, tmp_path, steps=1, **options)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    for resume in (False, True):  # with nothing to resume, too
+        with pytest.raises(PersonaError, match="holds an adapter already; give another --out, or --overwrite"):
+            train_adapter(domain, llm_path, tmp_path, steps=2, resume=resume, **options)
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    with pytest.raises(InterruptedError):
+        stop_after(2, lambda: train_adapter(domain, llm_path, tmp_path, steps=3, overwrite=True, **options))
+    train_adapter(domain, llm_path, tmp_path, steps=3, resume=True, **options)  # without `overwrite`
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 3

@@ -178,7 +178,8 @@ class UQA:
             self.say(f"aligning {name}")
             domain = copy.copy(self.domain)
             domain.recipe = self.recipe(run)
-            train_adapter(domain, self.llm, folder, steps=steps, resume=True, text_encoder=self.text_encoder, **options)
+            options |= {"resume": True, "overwrite": True, "text_encoder": self.text_encoder}
+            train_adapter(domain, self.llm, folder, steps=steps, **options)
         return folder
 
     def evaluate(self, run: Run) -> dict:
