@@ -22,6 +22,8 @@ class Request:
     """Answers to score."""
     rows: torch.Tensor | None = None
     """User tokens `[K, llm_width]` as the LLM reads them, or None for a plain prompt."""
+    cut: bool = False
+    """Whether the text about the user in `messages` was too long and is not all there."""
 
 
 @torch.inference_mode()

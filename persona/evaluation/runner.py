@@ -17,7 +17,15 @@ from persona.evaluation.cost import encoding_cost
 from persona.evaluation.floors import Floors
 from persona.evaluation.intervals import interval, mean_over_users
 from persona.evaluation.likelihood import option_scores
-from persona.evaluation.methods import Methods, Sample, draw_sample, tokens_of
+from persona.evaluation.methods import (
+    Methods,
+    Sample,
+    cut_note,
+    draw_sample,
+    questions_cut,
+    token_counts,
+    tokens_of,
+)
 from persona.injection import PersonalizedLM
 from persona.training.questions import YES
 from persona.training.recipe import Domain
@@ -47,17 +55,19 @@ def run_table(
         raise DataError(f"only {len(sample.users)} {part} users have {domain.recipe.split.min_events} events or more")
     tasks = list(domain.recipe.questions)
     progress(f"{len(sample.users)} {part} users, {len(sample.cuts)} cuts, {len(sample.asked)} questions")
-    values, tokens = floor_values(domain, sample, tasks, Floors(domain)), {}
+    values, tokens, cut = floor_values(domain, sample, tasks, Floors(domain)), {}, {}
     methods = Methods(domain, model, control, sample)
     for name, requests in methods.all():
         owner = control if name == "learned_prompt" else model
         scores = option_scores(owner, requests)
         answers = [dict(zip(r.options, s)) for r, s in zip(requests, scores)]
         values[name] = user_accuracy(sample, answers, tasks)
-        tokens[name] = tokens_of(owner, requests)
+        tokens[name], cut[name] = tokens_of(owner, requests), questions_cut(requests)
         progress(f"{name:>18}  mean {mean_over_users(values[name])[-1]:.3f}  tokens {tokens[name]:.0f}")
+        if cut[name]:
+            progress(cut_note(name, cut[name], len(requests)))
     return {
-        "results": {name: _summary(v, tasks, seed) | _tokens(name, tokens) for name, v in values.items()},
+        "results": {name: _summary(v, tasks, seed) | _tokens(name, tokens, cut) for name, v in values.items()},
         "paired": _paired(values, f"ours_k{methods.counts[-1]}", tasks, seed),
         "n": sizes(sample, tasks),
         "cost": encoding_cost(model.encoder, [domain.histories[u] for u in sample.users]) if cost else {},
@@ -137,10 +147,10 @@ def _summary(values: np.ndarray, tasks: Sequence[str], seed: int) -> dict:
     }
 
 
-def _tokens(name: str, tokens: dict[str, float]) -> dict:
+def _tokens(name: str, tokens: dict[str, float], cut: dict[str, int]) -> dict:
     if name not in tokens:
         return {}
-    return {"tokens": {"prompt": round(tokens[name], 1), "user": round(tokens[name] - tokens["no_history"], 1)}}
+    return {"tokens": token_counts(tokens[name], tokens["no_history"], cut[name])}
 
 
 def _paired(values: dict[str, np.ndarray], ours: str, tasks: Sequence[str], seed: int) -> dict:

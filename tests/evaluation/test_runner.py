@@ -1,5 +1,6 @@
 """Accuracy by hand, intervals, controls, and the whole table on a small domain."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -7,9 +8,13 @@ import numpy as np
 import pytest
 
 from persona.errors import DataError
+from persona.evaluation.cutting import fitting, size
 from persona.evaluation.intervals import interval, mean_over_users
-from persona.evaluation.methods import Asked, Methods, Sample, draw_sample
+from persona.evaluation.methods import Asked, Methods, Sample, draw_sample, questions_cut
 from persona.evaluation.runner import run_table, user_accuracy
+from persona.evaluation.uqa.table import retrieved
+from persona.history import Event, History, SourceSpec
+from persona.history.render import render_history
 from persona.training.questions import NO, YES, Question
 from persona.training.recipe import Domain
 
@@ -92,10 +97,66 @@ def test_budget_text_is_the_newest_events_within_the_budget(domain, model):
     sample = draw_sample(domain, domain.test, seed=0)
     methods = Methods(domain, model, None, sample)
     for budget in (1, 12, 40):
-        for text, full in zip(methods.budget_texts(budget), methods.texts):
-            size = len(model.template.tokenizer.encode(f"{text}\n", add_special_tokens=False))
-            assert full.endswith(text) and text
-            assert size <= budget or "\n" not in text  # one whole event even where not even one fits
+        whole, strict = methods.budget_texts(budget, whole=True), methods.budget_texts(budget)
+        for (text, cut), (short, shortened), (full, _) in zip(whole, strict, methods.texts):
+            assert full.endswith(text) and text and not cut
+            # One event even where not even one fits: all of it, or its beginning.
+            assert size(text, model.template.tokenizer) <= budget or "\n" not in text
+            assert text.startswith(short) and shortened == (short != text)
+            assert size(short, model.template.tokenizer) <= budget or not short
+
+
+def long_domain(domain, every):
+    """The domain with a search of 6,600 characters behind each `every`-th event of its test users."""
+    changed = copy.copy(domain)
+    changed.histories = dict(domain.histories)
+    for user in domain.test:
+        history = domain.histories[user]
+        long = [Event("search", e.timestamp + 0.5, text="oak violin " * 600) for e in history.timed[::every]]
+        changed.histories[user] = history.of([*history.events, *long])
+    return changed
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_no_text_is_longer_than_the_llm_can_read(domain, model, every):
+    positions = model.llm.config.max_position_embeddings
+    domain = long_domain(domain, every)
+    sample = draw_sample(domain, domain.test, seed=0)
+    methods = Methods(domain, model, None, sample)
+    rows = {
+        "full": methods.text(methods.texts),
+        "same": methods.text(methods.budget_texts(4, whole=True)),
+        "budget": methods.text(methods.budget_texts(128)),
+        "retrieved": list(retrieved(methods, 128)),
+    }
+    for name, requests in rows.items():
+        for request in requests:
+            answer = max(len(model.template.answer("?", o)) for o in request.options)
+            assert len(model.template.prompt(request.messages).ids) + answer <= positions, name
+    assert questions_cut(rows["full"]) > 0
+    plain = [len(model.template.prompt(r.messages).ids) for r in methods.plain()]
+    for name in ("budget", "retrieved"):
+        assert all(len(model.template.prompt(r.messages).ids) <= p + 130 for r, p in zip(rows[name], plain))
+
+
+def test_a_long_history_loses_its_oldest_events_and_keeps_what_has_no_time(tokenizer):
+    sources = {"visit": SourceSpec("text"), "about": SourceSpec("text")}
+    facts = [Event("about", text="likes tea")]
+    history = History("ana", (*facts, *(Event("visit", float(n), text=f"visit {n} to the shop") for n in range(50))))
+    whole = render_history(history, sources)
+    assert fitting(history, sources, size(whole, tokenizer), tokenizer) == (whole, False)
+    text, cut = fitting(history, sources, 100, tokenizer)
+    first, *rest = text.split("\n")
+    assert cut and first == "likes tea" and whole.endswith("\n".join(rest)) and size(text, tokenizer) <= 100
+    assert size(whole[: len(first) + 1] + whole.split("\n")[-len(rest) - 1] + "\n" + "\n".join(rest), tokenizer) > 100
+    huge = history.of([*history.events, Event("about", text="tea " * 500)])
+    kept = fitting(huge, sources, 100, tokenizer).text
+    assert "tea" not in kept and whole.endswith(kept) and kept
+    newest = history.of([*history.events, Event("visit", 99.0, text="a long day " * 500)])
+    kept, cut = fitting(newest, sources, 100, tokenizer)
+    assert cut and kept.startswith("a long day a long") and 90 < size(kept, tokenizer) <= 100
+    assert fitting(History("ana"), sources, 100, tokenizer) == ("", False)
+    assert "\n" not in fitting(history.of(huge.events[:2]), sources, 5, tokenizer).text
 
 
 def test_the_table_has_every_row_with_controls_and_can_be_written(domain, model):
@@ -119,6 +180,15 @@ def test_the_table_has_every_row_with_controls_and_can_be_written(domain, model)
         assert all(v["low"] <= v["acc"] <= v["high"] for k, v in row.items() if k != "tokens")
     assert result["cost"]["users_per_second"] > 0 and result["cost"]["add_event_ms_known_text"] > 0
     assert len(result["data_sha256"]) == 64 and lines
+    assert "questions_cut" not in rows["text_full"]["tokens"]
+
+
+def test_the_table_says_where_a_text_was_too_long(domain, model):
+    lines = []
+    result = run_table(long_domain(domain, 1), model, None, cost=False, progress=lines.append)
+    cut = result["results"]["text_full"]["tokens"]["questions_cut"]
+    said = f"text_full: the text about the user was too long before {cut} of "
+    assert cut > 0 and any(line.startswith(said) for line in lines)
 
 
 def test_too_few_users_to_ask_is_an_error(domain, model):

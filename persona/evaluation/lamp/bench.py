@@ -23,13 +23,14 @@ from transformers import AutoTokenizer, set_seed
 from persona.encoders import TextEncoder, Vocabulary, make_encoder
 from persona.errors import DataError, PersonaError
 from persona.evaluation.claims import claim
+from persona.evaluation.cutting import decoded
 from persona.evaluation.lamp.files import write_predictions
 from persona.evaluation.lamp.lm_eval import export_lm_eval
 from persona.evaluation.lamp.methods import METHODS, Method
 from persona.evaluation.lamp.models import OurLM, PlainLM, other_people
 from persona.evaluation.lamp.official import open_domain
 from persona.evaluation.lamp.pplug import PPlug, PPlugTrainer
-from persona.evaluation.lamp.prompts import decoded, profile_prompt
+from persona.evaluation.lamp.prompts import profile_prompt
 from persona.evaluation.lamp.recipe import LampRecipe, load_lamp_recipe
 from persona.evaluation.lamp.retrieval import Bm25, Dense, Random, Recency
 from persona.evaluation.lamp.sample import Sample

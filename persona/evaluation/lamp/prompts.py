@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from persona.errors import DataError
+from persona.evaluation.cutting import decoded
 from persona.evaluation.lamp.tasks import Task
 from persona.history import Event
 
@@ -83,11 +84,6 @@ def _part(task: Task, item: Event, allowed: int, tokenizer: PreTrainedTokenizerB
     if kept < len(ids):
         long = decoded(ids[:kept], tokenizer)
     return before + long + after, around + kept
-
-
-def decoded(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a cut sequence, without half a character at its end."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip("\ufffd")
 
 
 def _count(text: str, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -9,10 +9,11 @@ from dataclasses import asdict
 import numpy as np
 
 from persona.errors import DataError
+from persona.evaluation.cutting import beginning, size
 from persona.evaluation.floors import Floors
 from persona.evaluation.intervals import interval
 from persona.evaluation.likelihood import Request, option_scores
-from persona.evaluation.methods import Methods, Sample, draw_sample, tokens_of
+from persona.evaluation.methods import Methods, cut_note, draw_sample, questions_cut, token_counts, tokens_of
 from persona.evaluation.runner import floor_values, provenance, sizes, user_accuracy
 from persona.evaluation.uqa.tasks import DIMENSIONS
 from persona.history import History
@@ -84,18 +85,21 @@ def baselines_table(domain: Domain, control: PersonalizedLM, say: Callable[[str]
     table.learned_prompt(control)
     for budget in TEXT_TOKENS:
         table.ask(f"text_{budget}", methods.text(methods.budget_texts(budget)))
-    table.ask(f"retrieved_{TEXT_TOKENS[0]}", list(retrieved(domain, table.sample, control, TEXT_TOKENS[0])))
+    table.ask(f"retrieved_{TEXT_TOKENS[0]}", list(retrieved(methods, TEXT_TOKENS[0])))
     table.ask("text_full", methods.text(methods.texts))
     return table.result("uqa-baselines")
 
 
-def retrieved(domain: Domain, sample: Sample, model: PersonalizedLM, budget: int) -> Iterator[Request]:
-    """For each question the events that share most words with it (BM25), in time order, up to `budget` tokens."""
+def retrieved(methods: Methods, budget: int) -> Iterator[Request]:
+    """For each question the events that share most words with it (BM25), in time order, up to `budget` tokens.
+
+    An event that alone is longer is passed over; where all are, the beginning of the best is taken.
+    """
     import bm25s
 
-    sources, tokenizer = domain.recipe.sources, model.template.tokenizer
+    sample, sources, tokenizer = methods.sample, methods.domain.recipe.sources, methods.model.template.tokenizer
     lines = [render_history(cut.history, sources).split("\n") for cut in sample.cuts]
-    sizes = [[len(tokenizer.encode(f"{line}\n", add_special_tokens=False)) for line in own] for own in lines]
+    sizes = [[size(line, tokenizer) for line in own] for own in lines]
     index: dict[int, bm25s.BM25] = {}
     for asked in sample.asked:
         own = lines[asked.cut]
@@ -104,13 +108,15 @@ def retrieved(domain: Domain, sample: Sample, model: PersonalizedLM, budget: int
             index[asked.cut].index(bm25s.tokenize(own, show_progress=False), show_progress=False)
         words = bm25s.tokenize([asked.question.prompt], show_progress=False, return_ids=False)[0]
         scores = index[asked.cut].get_scores(words) if words else np.zeros(len(own))
-        chosen, left = [], budget
-        for i in sorted(range(len(own)), key=lambda i: (-scores[i], -i)):  # the newest of equals first
+        ranked = sorted(range(len(own)), key=lambda i: (-scores[i], -i))  # the newest of equals first
+        most = min(budget, methods.rooms[asked.cut])
+        chosen, left = [], most
+        for i in ranked:
             if sizes[asked.cut][i] <= left:
                 chosen.append(i)
                 left -= sizes[asked.cut][i]
-        text = "\n".join(own[i] for i in sorted(chosen))
-        yield Request(f"{text}\n{asked.question.prompt}", asked.question.options)
+        text = "\n".join(own[i] for i in sorted(chosen)) if chosen else beginning(own[ranked[0]], most, tokenizer)
+        yield Request(f"{text}\n{asked.question.prompt}", asked.question.options, cut=not chosen)
 
 
 class Table:
@@ -125,6 +131,7 @@ class Table:
         self.methods = Methods(domain, model, None, self.sample)
         self.values: dict[str, np.ndarray] = {}
         self.tokens: dict[str, float] = {}
+        self.cut: dict[str, int] = {}
         self._plain = tokens_of(model, self.methods.plain())
 
     def score(self, requests: Sequence[Request], model: PersonalizedLM | None = None) -> np.ndarray:
@@ -141,8 +148,11 @@ class Table:
     def ask(self, name: str, requests: Sequence[Request], model: PersonalizedLM | None = None) -> None:
         """Adds a row, of the table's model or another."""
         self.values[name], self.tokens[name] = self.score(requests, model), tokens_of(model or self.model, requests)
+        self.cut[name] = questions_cut(requests)
         mean = self.summary(self.values[name])["mean"]["acc"]
         self.say(f"{name:>18}  mean {mean:.3f}  tokens {self.tokens[name]:.0f}")
+        if self.cut[name]:
+            self.say(cut_note(name, self.cut[name], len(requests)))
 
     def summary(self, values: np.ndarray) -> dict:
         """See `summary`."""
@@ -151,8 +161,7 @@ class Table:
     def _row(self, name: str) -> dict:
         row = self.summary(self.values[name])
         if name in self.tokens:
-            tokens = self.tokens[name]
-            row["tokens"] = {"prompt": round(tokens, 1), "user": round(tokens - self._plain, 1)}
+            row["tokens"] = token_counts(self.tokens[name], self._plain, self.cut[name])
         return row
 
     def result(self, kind: str, **config) -> dict:
