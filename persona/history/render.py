@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from persona.errors import RecipeError
 from persona.history.cells import Template
 from persona.history.event import Event, History
-from persona.history.source import SourceSpec
+from persona.history.source import ReaderSpec, SourceSpec
+
+FIELDS = ("text", "value", "item_id")
+"""Fields that every event has; a template may name its attributes, too."""
 
 
 class _Line(Template):
@@ -27,7 +31,7 @@ def render_event(event: Event, spec: SourceSpec) -> str:
 
     Raises `RecipeError` for a template that does not parse or does not fit a value of the event.
     """
-    fields = {"text": event.text, "value": event.value, "item_id": event.item_id, **event.attributes}
+    fields = {**{name: getattr(event, name) for name in FIELDS}, **event.attributes}
     try:
         line = _line(spec.line).vformat(spec.line, (), fields)
     except ValueError as error:
@@ -35,6 +39,24 @@ def render_event(event: Event, spec: SourceSpec) -> str:
             f"sources.{event.source}: the line template {spec.line!r} does not fit an event: {error}"
         ) from None
     return " ".join(line.split())
+
+
+def check_template(where: str, template: str, source: str, readers: Sequence[ReaderSpec]) -> None:
+    """Raises `RecipeError`, in which `where` names the template, for one that no event of `source` could fill.
+
+    Attributes are those that the source's readers make; of a source without readers nobody knows them.
+    """
+    try:
+        named = Template(template).columns
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    own = [reader for reader in readers if reader.source == source]
+    known = dict.fromkeys([*FIELDS, *(name for reader in own for name in reader.attributes)])
+    for name in named if own else []:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"an event's fields are {', '.join(known)}"
+            raise RecipeError(f"{where} names {name!r}, which no reader of the source {source!r} makes; {hint}")
 
 
 def render_history(history: History, sources: Mapping[str, SourceSpec]) -> str:

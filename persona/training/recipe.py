@@ -17,6 +17,7 @@ from persona.errors import DataError
 from persona.history import History, ReaderSpec, SourceSpec
 from persona.history.config import load_config
 from persona.history.readers import ReadReport, read_histories
+from persona.history.render import check_template
 from persona.history.source import STRICT
 from persona.training.configs import InjectionConfig, LMConfig, PretrainingConfig, SplitConfig, TrainingConfig
 from persona.training.questions import (
@@ -83,6 +84,8 @@ class Recipe:
             for name in names:
                 if name not in self.sources:
                     raise ValueError(f"{kind} name the source {name!r}, but `sources` has only {sorted(self.sources)}")
+        for name, source in self.sources.items():
+            check_template(f"sources.{name}.line", source.line, name, self.readers)
 
 
 def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:

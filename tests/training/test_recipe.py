@@ -42,6 +42,14 @@ def test_the_recipes_that_come_with_the_package_load(path):
         (("questions", "favourite_category", "attribute"), None, "questions.favourite_category .*attribute"),
         (("questions", "favourite_category", "source"), "radio", "questions name the source 'radio'"),
         (("split", "seed"), 1.5, "split.seed .*1.5"),
+        (
+            ("sources", "visit", "line"),
+            "visited {txt}",
+            "sources.visit.line names 'txt', which no reader of the source 'visit' makes; did you mean 'text'",
+        ),
+        (("sources", "profile", "line"), "{text} {ctiy}", "sources.profile.line names 'ctiy', .* did you mean 'city'"),
+        (("sources", "search", "line"), "{city}", "sources.search.line names 'city', .* fields are text, value, item"),
+        (("sources", "visit", "line"), "visited {text", "sources.visit.line: .*'visited {text' does not parse"),
     ],
 )
 def test_mistakes_are_named(tmp_path, place, value, message):
@@ -61,6 +69,15 @@ def test_a_reader_of_an_unknown_source(tmp_path):
     path.write_text(DEMO.read_text(encoding="utf-8").replace("- source: visit", "- source: visits"), encoding="utf-8")
     with pytest.raises(RecipeError, match="readers name the source 'visits'"):
         load_recipe(path)
+
+
+def test_a_source_without_readers_may_have_any_attribute(tmp_path):
+    text = DEMO.read_text(encoding="utf-8")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        text.replace("sources:\n", 'sources:\n  radio: {kind: text, line: "{station}"}\n'), encoding="utf-8"
+    )
+    assert load_recipe(path).sources["radio"].line == "{station}"
 
 
 def test_users_are_split_by_seed_and_never_shared():

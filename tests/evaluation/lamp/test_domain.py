@@ -127,6 +127,11 @@ def papers(written, tmp_path_factory):
         ("task=LaMP_7", "LaMP_7 cannot be made from records"),
         ("fields={}", "fields: LaMP_3 needs text, score"),
         ("fields={text: x}", "fields: LaMP_3 needs score"),
+        (
+            "fields.text='{txt}'",
+            "fields.text names 'txt', which no reader of the source 'rating' makes; did you mean 't",
+        ),
+        ("sources.rating.line='{valeu}'", "sources.rating.line names 'valeu', .* did you mean 'value'"),
         ("source=watched", r"source 'watched' is not in `sources`, which has \['rating'\]"),
         ("split.test_from=2019-01-01", "split test_from belongs to a split by time"),
         ("split.by=time", "split test_from belongs to a split by time, and such a split needs it"),
