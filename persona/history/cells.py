@@ -43,10 +43,13 @@ def read_text(cell: Any) -> str | None:
 
 
 def read_id(cell: Any) -> str | None:
-    """An id as it stands (1 is "1", not "1.0"). Raises `BadCell` for a bool, a list, an object and bytes."""
+    """An id as it stands (1 is "1", not "1.0"). Raises `BadCell` for a bool, a list, an object and bytes.
+
+    A whole number in a column of floats is an integer: pandas makes such columns of integers with gaps.
+    """
     if isinstance(cell, (bool, list)):
         raise BadCell("is not an id", cell)
-    return read_text(cell)
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else read_text(cell)
 
 
 def read_number(cell: Any) -> float | None:
