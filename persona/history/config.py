@@ -100,8 +100,12 @@ _Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False
 def _problems(cls: type, error: ValidationError) -> list[str]:
     """One sentence per wrong field."""
     found: dict[tuple, list[str]] = {}
-    for detail in error.errors():
-        field, owner = _locate(cls, detail["loc"])
+    details = [(detail, *_locate(cls, detail["loc"])) for detail in error.errors()]
+    refused = {field for detail, field, _ in details if detail["type"] == "value_error"}
+    for detail, field, owner in details:
+        # Where a union's member (`str | ColumnSpec`) took all fields and refused them, that member was meant.
+        if field in refused and detail["type"] != "value_error":
+            continue
         message = _sentence(detail, owner)
         if message not in found.setdefault(field, []):
             found[field].append(message)

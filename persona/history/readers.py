@@ -97,8 +97,10 @@ def _event(
 def _attribute(spec: ColumnSpec, cells: dict[str, Any]) -> str | float | None:
     cell = cells.get(spec.column)
     if spec.split is not None:
-        text = _read(spec.column, read_text, cell)
-        cell = text.split(spec.split)[0].strip() if text is not None else None
+        parts = cell  # a list is split already
+        if not isinstance(cell, list):
+            parts = (_read(spec.column, read_text, cell) or "").split(spec.split)
+        cell = (_read(spec.column, read_text, parts[0]) or "").strip() if parts else None
     return _read(spec.column, read_number if spec.type == "number" else read_text, cell)
 
 

@@ -37,7 +37,14 @@ class ColumnSpec:
     type: Literal["text", "number"] = "text"
     """A number that does not parse is reported as a bad row."""
     split: str | None = None
-    """Split the cell at this separator and keep the first part (a film's first genre); None keeps all of it."""
+    """Split the cell at this separator and keep the first part (a film's first genre), of a list its first item; None
+    keeps all of it, the items of a list joined by a comma."""
+
+    def __post_init__(self):
+        if self.split == "":
+            raise ValueError(
+                "`split` is empty: name the separator, such as '|', or leave it out to keep the whole cell"
+            )
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,11 @@ def test_a_mistake_names_the_field(tmp_path, old, new, message):
     assert message in failure(tmp_path, GOOD.replace(old, new))
 
 
+def test_an_empty_separator(tmp_path):
+    text = GOOD.replace('split: " "', 'split: ""')
+    assert failure(tmp_path, text).split(": ", 1)[1].startswith("readers.0.attributes.genre `split` is empty: name the")
+
+
 def test_a_union_does_not_complain_about_the_member_that_was_not_meant(tmp_path):
     message = failure(tmp_path, GOOD.replace("column: class", "column: 3"))
     assert message.count("\n") == 0 and "attributes.genre.column must be" in message
