@@ -9,6 +9,7 @@ from typing import Any
 from persona.errors import DataError
 
 EXAMPLES = 3
+REASONS = 10
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
@@ -57,18 +58,19 @@ class ReadReport:
             bad.examples.append(f"{file}:{line}{shown}")
 
     def __str__(self) -> str:
-        text = f"{_count(self.rows, 'row')} gave {_count(self.events, 'event')} of {_count(self.users, 'user')}."
+        text = f"{count(self.rows, 'row')} gave {count(self.events, 'event')} of {count(self.users, 'user')}."
         if self.future:
-            text += f" Dated in the future: {_count(self.future, 'event')}; is time_format right?"
+            text += f" Dated in the future: {count(self.future, 'event')}; is time_format right?"
         if not self.bad:
             return text
         reasons = [
             f"{bad.count:,} in {file} where {field} {reason}, first at {', '.join(bad.examples)}"
             for (file, field, reason), bad in sorted(self.bad.items(), key=lambda item: -item[1].count)
         ]
-        more = f"; and {len(reasons) - 5} more reasons" if len(reasons) > 5 else ""
-        return f"{text} {_count(self.bad_rows, 'bad row')} left out: {'; '.join(reasons[:5])}{more}."
+        more = f"; and {count(len(reasons) - REASONS, 'more reason')}" if len(reasons) > REASONS else ""
+        return f"{text} {count(self.bad_rows, 'bad row')} left out: {'; '.join(reasons[:REASONS])}{more}."
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """A number of things, in words."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

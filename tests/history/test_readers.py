@@ -12,6 +12,7 @@ import pytest
 
 from persona.errors import DataError, MissingExtraError, RecipeError
 from persona.history import ColumnSpec, Event, JoinSpec, ReaderSpec, read_histories
+from persona.history.report import ReadReport
 
 RECORDS = [
     {"user": "1", "item": "007", "rating": "4.5", "time": "100", "title": "Toy Story"},
@@ -91,6 +92,28 @@ def test_typed_records(tmp_path, name):
     reader = spec(name, item_id="n", value="x", text="{tags}", format="datasets" if name == "folder" else None)
     events, _ = read(tmp_path, reader, strict=True)
     assert events == {"1": (Event("s", None, "a, b", "2", 0.5),), "12345678901234567": (Event("s"),)}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_ids_that_became_floats_are_the_integers_they_were(tmp_path, name):
+    write(tmp_path / "a.csv", "user,item\n7,8\n7.0,8.0\n")
+    records = [{"user": 7.0, "item": 8.0}, {"user": None, "item": 8.0}, {"user": 8.5, "item": None}]
+    write_records(tmp_path / name, [*records, {"user": -1e16, "item": float("inf")}])
+    events, report = read(tmp_path, spec("a.csv", item_id="item"), spec(name, item_id="item"))
+    assert {user: [e.item_id for e in own] for user, own in events.items()} == {
+        "7": ["8", "8"],
+        "7.0": ["8.0"],
+        "8.5": [None],
+        "-10000000000000000": ["inf"],
+    }
+    assert report.bad_rows == 1
+
+
+def test_keys_of_a_join_that_became_floats(tmp_path):
+    write(tmp_path / "a.csv", "user,item\nu,7\n")
+    write_records(tmp_path / "b.parquet", [{"item": 7.0, "title": "x"}, {"item": None, "title": "y"}])
+    events, _ = read(tmp_path, spec("a.csv", text="{title}", join=[JoinSpec("b.parquet", "item")]))
+    assert [e.text for e in events["u"]] == ["x"]
 
 
 def test_a_list_of_users_gives_the_event_to_each_of_them_once(tmp_path):
@@ -230,6 +253,17 @@ def test_bad_rows_are_counted_and_shown(tmp_path):
     assert str(report).startswith(summary)
 
 
+def test_ten_reasons_are_shown_and_more_are_counted():
+    report = ReadReport()
+    for n in range(10):
+        report.add_bad("a.csv", n, f"x{n}", "is missing")
+    assert all(f"where x{n} is missing" in str(report) for n in range(10)) and "more" not in str(report)
+    report.add_bad("a.csv", 10, "x10", "is missing")
+    assert str(report).endswith("; and 1 more reason.")
+    report.add_bad("a.csv", 11, "x11", "is missing")
+    assert str(report).endswith("; and 2 more reasons.")
+
+
 @pytest.mark.parametrize(
     "line, cells, message", [(2, ",1", "user is missing"), (3, "u,1\nu,x", r"time is not a number \('x'\)")]
 )
@@ -278,6 +312,23 @@ def test_a_join_adds_columns_and_the_raw_row_wins(tmp_path):
         Event("s", attributes={"genre": None, "year": None, "classes": None}),
     )
     assert report.bad[("a.csv", "item", "is not in *.item")].examples == ["a.csv:4 ('3')"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_list_is_split_already(tmp_path, name):
+    lists = [["rock", "pop"], [" big band | swing", "x"], [], None, ["", "pop"]]
+    write_records(tmp_path / name, [{"user": "u", "tags": tags} for tags in lists])
+    attributes = {"first": ColumnSpec("tags", split="|"), "all": "tags"}
+    events, _ = read(tmp_path, spec(name, attributes=attributes), strict=True)
+    assert [e.attributes["first"] for e in events["u"]] == ["rock", "big band | swing", None, None, None]
+    assert [e.attributes["all"] for e in events["u"]][:2] == ["rock, pop", " big band | swing, x"]
+
+
+def test_the_first_of_a_list_of_numbers(tmp_path):
+    write(tmp_path / "a.jsonl", '{"user": "u", "n": [2.5, 3]}\n{"user": "u", "n": [{"a": 1}]}\n')
+    events, report = read(tmp_path, spec("a.jsonl", attributes={"n": ColumnSpec("n", "number", split=",")}))
+    assert [e.attributes["n"] for e in events["u"]] == [2.5]
+    assert report.bad[("a.jsonl", "n", "is not text")].count == 1
 
 
 def test_a_join_that_gives_nothing_needed_loses_nothing(tmp_path):
