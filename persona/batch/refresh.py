@@ -154,7 +154,7 @@ def _files_to_parts(
 ) -> _Plan:
     check_apart(events, out)
     files, each = EventFiles(events), len(embed.instructions)
-    say(f"read {files.rows} events of {len(files)} users")
+    say(f"read {files}")
     manifest = file_manifest(files, embed.revision, embed.instructions, embed.dim, embed.tokens, batch_size)
     made = PartFiles(Path(out).resolve(), manifest)
     made.prepare(overwrite)

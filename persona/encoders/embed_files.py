@@ -99,7 +99,7 @@ def embed_file(
     width = encoder.encode([], dim=dim, tokens=tokens).shape[1]
     tokens = encoder.check_count(tokens)
     users = EventFiles(events)
-    say(f"read {users.rows} events of {len(users)} users")
+    say(f"read {users}")
     if unknown := unknown_sources(users.sources, encoder.vocabulary.sources):
         say(unknown_listing(unknown))
     made = PartFiles(out, file_manifest(users, revision, instructions, width, tokens, batch_size))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +18,7 @@ import numpy as np
 
 from persona.errors import DataError, EventError, MissingExtraError
 from persona.history.event import Event, History, check_user
+from persona.history.report import count
 
 if TYPE_CHECKING:
     import pyarrow
@@ -80,6 +82,15 @@ class EventFiles:
         self._starts = np.concatenate([[0], np.flatnonzero(changes) + 1, [self.rows]])
         self.sources: dict[str, int] = {c["values"]: c["counts"] for c in compute.value_counts(sources).to_pylist()}
         """Source to its number of events."""
+        times, now = [f.table["timestamp"] for f in self._files if "timestamp" in f.table.column_names], time.time()
+        self.future = sum(compute.sum(compute.greater(own, now)).as_py() or 0 for own in times)
+        """Events later than the moment of reading: kept, but often times in milliseconds."""
+
+    def __str__(self) -> str:
+        text = f"{self.rows} events of {len(self)} users"
+        if self.future:
+            text += f". Dated in the future: {count(self.future, 'event')}; are timestamps in seconds?"
+        return text
 
     def __len__(self) -> int:
         """The number of users."""

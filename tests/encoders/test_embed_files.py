@@ -94,6 +94,13 @@ def test_embeddings_are_those_of_encode(encoder, events, out, histories):
     assert any("3 events are of sources that the encoder does not know" in s and "tv (2)" in s for s in said)
 
 
+def test_times_in_milliseconds_are_remarked_on_once(encoder, out, tmp_path):
+    said = []
+    late = [History("ana", (Event("search", 1.7e12, text="violin"), Event("search", 1.7e9, text="oak")))]
+    embed(encoder, save(tmp_path / "events.parquet", late), out, say=said.append)
+    assert [s for s in said if "in the future: 1 event; are timestamps in seconds?" in s] == said[:1]
+
+
 def test_dim_and_tokens_are_cut(encoder, events, out, histories):
     embed(encoder, events, out, dim=5, tokens=2, instructions=["x"])
     vectors = np.stack(pd.read_parquet(out).embedding)

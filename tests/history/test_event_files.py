@@ -85,6 +85,19 @@ def test_times_are_seconds_or_timestamps(tmp_path, times):
     assert [h.events[0].timestamp for h in found] == [1_700_000_000.0, None]
 
 
+def test_times_in_the_future_are_kept_and_counted(tmp_path):
+    moment = 1_700_000_000
+    one(tmp_path / "a.parquet")
+    one(tmp_path / "b.parquet", timestamp=[moment, None])
+    found = EventFiles(tmp_path)
+    assert found.future == 0 and str(found) == "4 events of 2 users"
+    one(tmp_path / "c.parquet", timestamp=[moment * 1000, moment])  # milliseconds
+    one(tmp_path / "d.parquet", timestamp=pa.array([moment * 1000, None], pa.timestamp("ms")))
+    found = EventFiles(tmp_path)
+    assert found.future == 1 and found.rows == 8
+    assert str(found).endswith("users. Dated in the future: 1 event; are timestamps in seconds?")
+
+
 @pytest.mark.parametrize(
     "cells, expected",
     [
