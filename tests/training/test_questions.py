@@ -8,7 +8,7 @@ import pytest
 from persona.errors import RecipeError
 from persona.history import Event, History
 from persona.training.questions import Catalogue, QuestionSpec, build_questions, evaluation_cuts, make_cut
-from persona.training.questions.answers import true_answers
+from persona.training.questions.answers import event_answer, true_answers
 
 GENRE = QuestionSpec("top_attribute", "film", "Genre?", attribute="genre", min_value=4)
 RECENT = QuestionSpec("top_attribute", "film", "Lately?", attribute="genre", last=2)
@@ -244,6 +244,12 @@ def test_wrong_answers_are_offered_as_often_as_they_are_right(answered):
     assert 0.4 < sum(o[0] == "opera" for o in offered) / 1000 < 0.6
     assert answered.options("genre", "comedy", rng) == ()
     assert answered.frequencies("genre", ("opera", "comedy")) == {"opera": 2.0, "comedy": 0.0}
+
+
+@pytest.mark.parametrize("value, answer", [(29.0, "29"), (29.5, "29.5"), ("29.0", "29.0"), (0, "0"), (None, None)])
+def test_whole_numbers_are_answers_without_a_point(value, answer):
+    spec = QuestionSpec("top_attribute", "film", "How old?", attribute="age")
+    assert event_answer(Event("film", 1.0, attributes={"age": value}), spec) == answer
 
 
 def test_choices_need_as_many_answers():

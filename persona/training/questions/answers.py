@@ -43,7 +43,7 @@ def event_answer(event: Event, spec: QuestionSpec) -> str | None:
     if spec.kind == "next_value":
         return None if event.value is None else f"{event.value:g}"
     value = event.attributes.get(spec.attribute) if spec.attribute else None
-    return None if value is None else str(value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else value
 
 
 def next_events(spec: QuestionSpec, cut: Cut, rng: np.random.Generator, training: bool) -> list[Event]:
