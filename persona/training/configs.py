@@ -27,6 +27,13 @@ class SplitConfig:
     min_events: PositiveInt = 10
     """A cut leaves at least so many events before it in evaluation."""
 
+    def __post_init__(self):
+        if not (self.train > 0 and self.validation > 0 and self.train + self.validation < 1):
+            raise ValueError(
+                f"train {self.train:g} and validation {self.validation:g} are shares of the users: both above 0, and "
+                "together below 1, so that test users are left"
+            )
+
 
 @dataclass(frozen=True)
 class PretrainingConfig:

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import PositiveInt
 
 from persona.encoders.config import EncoderConfig
-from persona.errors import DataError
+from persona.errors import DataError, RecipeError
 from persona.history import History, ReaderSpec, SourceSpec
 from persona.history.config import load_config
 from persona.history.readers import ReadReport, read_histories
@@ -96,7 +96,8 @@ def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
 class Domain:
     """A recipe with its records read: histories, the split of users, and the catalogue of the training users.
 
-    Raises `DataError` when the records hold too few users to split, or no training user with a past and a future.
+    Raises `DataError` when the records hold too few users to split, or no training user with a past and a future, and
+    `RecipeError` for a question that nothing answers; both say what was read.
     """
 
     def __init__(self, recipe: Recipe, data: str | Path, *, strict: bool = False):
@@ -106,12 +107,22 @@ class Domain:
         self.histories, self.report = read_histories(recipe.readers, data, strict=strict)
         try:
             self.train, self.validation, self.test = split_users(sorted(self.histories), recipe.split)
-        except DataError as error:
-            raise DataError(f"{error}. What was read: {self.report}") from None
-        if not any(len({e.timestamp for e in self.histories[u].timed}) > 1 for u in self.train):
+            self.catalogue = self._catalogue()
+        except (DataError, RecipeError) as error:
+            raise type(error)(f"{error}. What was read: {self.report}") from None
+
+    def _catalogue(self) -> Catalogue:
+        recipe, histories = self.recipe, [self.histories[user] for user in self.train]
+        if not any(len({e.timestamp for e in history.timed}) > 1 for history in histories):
             raise DataError("no training user has events at two different times; there is nothing to learn from")
-        cuts = [cut for _, cut in self.cuts(self.train)] if any(q.choices for q in recipe.questions.values()) else []
-        self.catalogue = Catalogue((self.histories[u] for u in self.train), recipe.questions, cuts=cuts)
+        cuts, choices = [], any(q.choices for q in recipe.questions.values())
+        if choices and not (cuts := [cut for _, cut in self.cuts(self.train)]):
+            raise DataError(
+                f"split.min_events is {recipe.split.min_events}, but no training user has so many events before a cut: "
+                f"the longest of their histories has {max(len(history.timed) for history in histories)} events, of "
+                f"which the window takes {recipe.window}; lower it, or bring longer histories"
+            )
+        return Catalogue(histories, recipe.questions, cuts=cuts)
 
     def questions(self, cut: Cut, rng: np.random.Generator, *, training: bool) -> list[Question]:
         """All questions of the recipe that this cut can answer."""

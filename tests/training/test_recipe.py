@@ -42,6 +42,11 @@ def test_the_recipes_that_come_with_the_package_load(path):
         (("questions", "favourite_category", "attribute"), None, "questions.favourite_category .*attribute"),
         (("questions", "favourite_category", "source"), "radio", "questions name the source 'radio'"),
         (("split", "seed"), 1.5, "split.seed .*1.5"),
+        (("split", "validation"), 0.3, "split train 0.8 and validation 0.3 are shares .* together below 1"),
+        (("split", "validation"), 0.2, "split train 0.8 and validation 0.2 are shares"),
+        (("split", "validation"), 0, "split train 0.8 and validation 0 are shares .* above 0"),
+        (("split", "train"), -0.1, "split train -0.1 and"),
+        (("split", "train"), float("nan"), "split train nan and"),
         (
             ("sources", "visit", "line"),
             "visited {txt}",
@@ -162,3 +167,20 @@ def test_records_without_enough_users_say_what_was_read(domain, tmp_path):
     generate_shop(tmp_path, users=2)
     with pytest.raises(DataError, match=r"2 users cannot be split .* rows gave .* events"):
         Domain(domain.recipe, tmp_path)
+
+
+def test_a_cut_that_no_training_user_reaches_names_min_events(domain, tmp_path):
+    generate_shop(tmp_path, users=20)
+    asked = {"top": replace(domain.recipe.questions["favourite_category"], choices=2)}
+    recipe = replace(domain.recipe, questions=asked, split=SplitConfig(min_events=9999))
+    with pytest.raises(
+        DataError, match=r"min_events is 9999, .* has \d+ events, of which the window takes 64; lower it"
+    ):
+        Domain(recipe, tmp_path)
+
+
+def test_questions_that_nothing_answers_say_what_was_read(domain, tmp_path):
+    generate_shop(tmp_path, users=20)
+    readers = [replace(r, time_format="%d.%m.%Y") if r.source == "purchase" else r for r in domain.recipe.readers]
+    with pytest.raises(RecipeError, match=r"source 'purchase' has .*\. What was read: .* is not a time in the format"):
+        Domain(replace(domain.recipe, readers=readers), tmp_path)
