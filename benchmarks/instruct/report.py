@@ -118,8 +118,8 @@ def made(result: dict) -> str:
         f"Accuracy, mean over tasks and over {n['users']} users who took no part in training, with bootstrap 95% "
         f"intervals over users; {n['cuts']} cuts; answers: {answers}. A probe is fitted on {config['probe_users']} "
         f"training users and answers {', '.join(config['probed'])}. {', '.join(map(str, sorted(steps)))} steps of "
-        "training each, one seed, whose variance the intervals do not hold. Trained for the next item alone, the user "
-        f"positions learn nothing. Made by `{result['command']}`."
+        "training each, one seed, whose variance the intervals do not hold. Of the next item alone the user positions "
+        f"learn nothing; what is read at them is the LM's. Made by `{result['command']}`."
     )
 
 
