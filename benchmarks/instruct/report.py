@@ -114,12 +114,13 @@ def made(result: dict) -> str:
     n, config = result["n"], result["config"]
     answers = ", ".join(f"{count} {task}" for task, count in n["answers"].items())
     steps = {r["steps"] for r in result["training"].values()}
+    untrained = "Of the next item alone the user positions learn nothing; what is read at them is the LM's. "
+    untrained *= "next_item" in result["results"]
     return (
         f"Accuracy, mean over tasks and over {n['users']} users who took no part in training, with bootstrap 95% "
         f"intervals over users; {n['cuts']} cuts; answers: {answers}. A probe is fitted on {config['probe_users']} "
         f"training users and answers {', '.join(config['probed'])}. {', '.join(map(str, sorted(steps)))} steps of "
-        "training each, one seed, whose variance the intervals do not hold. Of the next item alone the user positions "
-        f"learn nothing; what is read at them is the LM's. Made by `{result['command']}`."
+        f"training each, one seed, whose variance the intervals do not hold. {untrained}Made by `{result['command']}`."
     )
 
 
