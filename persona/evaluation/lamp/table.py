@@ -15,7 +15,7 @@ import numpy as np
 from persona.evaluation.intervals import interval
 from persona.evaluation.lamp.bench import LampBench
 from persona.evaluation.lamp.floors import floor_answers
-from persona.evaluation.lamp.methods import METHODS, check_methods
+from persona.evaluation.lamp.methods import METHODS, check_methods, read_methods
 from persona.evaluation.lamp.metrics import in_profile, per_sample, score
 from persona.evaluation.lamp.sample import Sample
 from persona.evaluation.lamp.tasks import TASKS, Task
@@ -154,6 +154,7 @@ def interval_cell(value: dict) -> str:
 def _command(names: Sequence[str]) -> str:
     """The command, with the rows that an earlier one has left in the folder."""
     given = sys.argv[1:]
-    asked = [value for option, value in pairwise(given) if option in ("--method", "--methods")]
-    kept = [] if {"main", "all"} & {*asked} or not asked else [name for name in names if name not in asked]
-    return " ".join(["persona", *given, *(f"--method {name}" for name in kept)])
+    asked = [value for option, value in pairwise(given) if option == "--method"] or ["main"]
+    kept = [f"--method {name}" for name in names if name not in read_methods(asked)]
+    asked = ["--method main"] if kept and "--method" not in given else []
+    return " ".join(["persona", *given, *asked, *kept])

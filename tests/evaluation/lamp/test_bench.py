@@ -22,7 +22,7 @@ from persona.evaluation.lamp.lm import build_lamp_lm
 from persona.evaluation.lamp.methods import MAIN, METHODS, read_methods
 from persona.evaluation.lamp.models import other_people
 from persona.evaluation.lamp.recipe import load_lamp_recipe
-from persona.evaluation.lamp.table import about, lamp_table, markdown
+from persona.evaluation.lamp.table import _command, about, lamp_table, markdown
 from persona.evaluation.lamp.tasks import TASKS
 from persona.injection import load_llm
 from persona.training.trained_on import write_trained_on
@@ -367,6 +367,21 @@ def test_rows_that_lie_in_the_folder_stay_in_the_result(run, done, recipe, recor
     result = json.loads((tmp_path / "out" / "results" / "films-s0.json").read_text())
     assert set(NAMES) <= set(result["results"]) and "answering" not in said.stderr
     assert result["command"].count("--method") == len(NAMES) and "--method ours_k1" in result["command"]
+
+
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        (["--method", "main"], "persona bench lamp --method main --method ours_k1"),
+        ([], "persona bench lamp --method main --method ours_k1"),
+        (["--method", "all"], "persona bench lamp --method all"),
+        (["--method", "pplug"], "persona bench lamp --method pplug --method ours --method ours_k1"),
+    ],
+    ids=str,
+)
+def test_the_command_makes_the_kept_rows_too(monkeypatch, given, command):
+    monkeypatch.setattr("sys.argv", ["persona", "bench", "lamp", *given])
+    assert _command(["pplug", "ours", "ours_k1"]) == command
 
 
 def test_an_export_of_what_is_no_text_is_refused(run, recipe, records, lm, tmp_path):
