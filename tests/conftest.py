@@ -89,7 +89,7 @@ def vocabulary(domain):
 def tokenizer_path(domain, tmp_path_factory):
     """A folder with a chat tokenizer of 600 tokens."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(domain_lines(domain), domain.recipe.lm.vocab_size).save_pretrained(folder)
+    train_tokenizer(domain_lines(domain), domain.recipe.lm).save_pretrained(folder)
     return folder
 
 

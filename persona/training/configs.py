@@ -146,6 +146,9 @@ class LMConfig:
 
     vocab_size: PositiveInt = 3072
     """Byte-level BPE tokens."""
+    lowercase: bool = False
+    """Whether the LM reads and writes lower case only, so that a word of a text is the same token in its title; for
+    tasks whose metric does not count case, such as ROUGE."""
     hidden_size: PositiveInt = 192
     """Width; heads are `head_dim` wide."""
     layers: PositiveInt = 4

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cachetools import LRUCache
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
@@ -61,7 +61,7 @@ def build_reference_lm(domain: Domain, out: str | Path, *, steps: int | None = N
     """Trains tokenizer and model by `domain.recipe.lm` and saves them to `out` as a Hugging Face checkpoint."""
     config = domain.recipe.lm
     set_seed(config.seed)
-    tokenizer = train_tokenizer(domain_lines(domain), config.vocab_size)
+    tokenizer = train_tokenizer(domain_lines(domain), config)
     train_lm(domain_readings(domain), tokenizer, config, out, steps=steps, report_to=report_to)
     write_trained_on(domain.fingerprints(domain.train), out)
     return Path(out)
@@ -160,9 +160,11 @@ def copying(question: str, rng: np.random.Generator) -> tuple[str, str] | None:
     return f'{question}\nWhat follows "{" ".join(pairs[at])}"?', " ".join(words[at + 2 : at + 2 + COPIED])
 
 
-def train_tokenizer(lines: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE fitted on `lines`, with the chat template of the reference LMs."""
+def train_tokenizer(lines: Iterable[str], config: LMConfig) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `config.vocab_size` tokens fitted on `lines`, with the chat template of the reference LMs."""
     bpe = Tokenizer(models.BPE())
+    if config.lowercase:
+        bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -171,7 +173,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     bpe.train_from_iterator(
         lines,
         trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=config.vocab_size,
             special_tokens=special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -292,21 +294,28 @@ def collate_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-class PackedTrainer(Trainer):
+def packed_loss(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], history_weight: float) -> torch.Tensor:
     """Answer loss + `history_weight` x history loss; the LM head runs only where a label stands."""
+    hidden = model.model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        position_ids=batch["positions"],
+    ).last_hidden_state
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    for labels, weight in ((batch["labels"], 1.0), (batch["history_labels"], history_weight)):
+        labels = labels[:, 1:]
+        at = labels != IGNORE
+        if at.any():
+            loss = loss + weight * F.cross_entropy(model.lm_head(hidden[:, :-1][at]).float(), labels[at])
+    return loss
+
+
+class PackedTrainer(Trainer):
+    """`packed_loss` in the precision of the run. accelerate sets that for a model's `forward`, which is not called."""
 
     history_weight = 0.2
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        hidden = model.model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            position_ids=inputs["positions"],
-        ).last_hidden_state
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        for labels, weight in ((inputs["labels"], 1.0), (inputs["history_labels"], self.history_weight)):
-            labels = labels[:, 1:]
-            at = labels != IGNORE
-            if at.any():
-                loss = loss + weight * F.cross_entropy(model.lm_head(hidden[:, :-1][at]).float(), labels[at])
+        with self.accelerator.autocast():
+            loss = packed_loss(model, inputs, self.history_weight)
         return (loss, {}) if return_outputs else loss

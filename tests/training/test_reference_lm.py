@@ -14,12 +14,14 @@ from persona.training.questions import build_questions
 from persona.training.reference_lm import (
     IGNORE,
     PackedRows,
-    PackedTrainer,
     Reading,
     build_reference_lm,
     collate_rows,
     copying,
     domain_readings,
+    packed_loss,
+    train_lm,
+    train_tokenizer,
 )
 
 
@@ -110,10 +112,8 @@ def test_copying_asks_for_words_of_the_question_and_only_where_it_is_long(domain
 def test_loss_falls_on_answers_and_lightly_on_the_history(rows, llm_path):
     llm, _ = load_llm(llm_path)
     batch = collate_rows([rows[0], rows[1]])
-    trainer = PackedTrainer.__new__(PackedTrainer)
-    trainer.history_weight = 0.5
     with torch.no_grad():
-        loss = trainer.compute_loss(llm, batch)
+        loss = packed_loss(llm, batch, 0.5)
         logits = llm(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=batch["positions"]
         ).logits.log_softmax(-1)
@@ -122,6 +122,25 @@ def test_loss_falls_on_answers_and_lightly_on_the_history(rows, llm_path):
         at = (batch[name][:, 1:] != IGNORE).nonzero().tolist()
         parts.append(-torch.stack([logits[b, n, batch[name][b, n + 1]] for b, n in at]).mean())
     assert torch.allclose(loss, parts[0] + 0.5 * parts[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("asked, dtype", [("bf16", torch.bfloat16), ("no", torch.float32)])
+def test_the_whole_loss_is_computed_in_the_precision_of_the_run(
+    domain, tokenizer, llm_path, tmp_path, monkeypatch, asked, dtype
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    llm, _ = load_llm(llm_path)
+    seen = set()
+    for part in (llm.lm_head, llm.model.layers[0].mlp.down_proj):
+        part.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    train_lm(domain_readings(domain), tokenizer, domain.recipe.lm, tmp_path / "lm", steps=1, start=llm)
+    assert seen == {dtype}
+
+
+def test_a_lowercase_lm_reads_and_writes_no_capitals(domain):
+    lower = train_tokenizer(["Parsing of Verbs", "verbs and parsing"] * 50, replace(domain.recipe.lm, lowercase=True))
+    assert lower.encode(" Verbs") == lower.encode(" verbs") and len(lower.encode(" VERBS")) == 1
+    assert lower.decode(lower.encode("On Parsing, É")) == "on parsing, é"
 
 
 def test_answers_are_single_tokens_and_emoji_survive(domain, tokenizer):

@@ -61,7 +61,8 @@ class LampDomain:
         self.train, validation, test = (self._by_time if by_time else self._by_user)(profiles)
         self.validation = self._some(validation, 1)
         self.test = self._some(test, 2)
-        self._places = [(user, i) for user, h in self.train.items() for i in range(len(h)) if self._before(h, i)]
+        self._all_places = [(user, i) for user, h in self.train.items() for i in range(len(h))]
+        self._places = [(user, i) for user, i in self._all_places if self._before(self.train[user], i)]
         for name, part in (("train", self._places), ("validation", self.validation), ("test", self.test)):
             if not part:
                 raise DataError(f"{recipe.name}: no question for {name}. What was read: {self.report}")
@@ -88,15 +89,17 @@ class LampDomain:
         by_time = self.recipe.split.by == "time"
         return {fingerprint(event.event_id) if by_time else self._people[user] for user, event in items}
 
-    def draw(self, rng: np.random.Generator, most: int | None = None) -> Draw:
+    def draw(self, rng: np.random.Generator, most: int | None = None, *, alone: bool = False) -> Draw:
         """A random training event with its profile, of which the recipe drops some, and the events after it.
 
-        `most` questions at the most, `training.questions_per_history` unless given.
+        `most` questions at the most, `training.questions_per_history` unless given. `alone` leaves the profile away,
+        so that events without an earlier one are drawn, too.
         """
         config = self.recipe.training
-        user, at = self._places[rng.integers(len(self._places))]
+        places = self._all_places if alone else self._places
+        user, at = places[rng.integers(len(places))]
         history = self.train[user]
-        kept = shortened(self._before(history, at), rng, config)
+        kept = [] if alone else shortened(self._before(history, at), rng, config)
         asked = history.events[at : at + (most or config.questions_per_history)]
         return Draw(history.of(kept), tuple((self._input(e), self._output(e)) for e in asked))
 

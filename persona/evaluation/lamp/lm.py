@@ -36,7 +36,7 @@ def build_lamp_lm(
         model, tokenizer = load_llm(start)
         model.train()
     else:
-        tokenizer = train_tokenizer(tokenizer_lines(domain), config.vocab_size)
+        tokenizer = train_tokenizer(tokenizer_lines(domain), config)
     train_lm(readings(domain, tokenizer), tokenizer, config, out, steps=steps, start=model, report_to=report_to)
     write_trained_on({*domain.fingerprints("train"), *(trained_on(start) if start else ())}, out)
     return Path(out)
@@ -56,8 +56,9 @@ def readings(domain: LampDomain, tokenizer: PreTrainedTokenizerBase) -> Draw:
     recipe, task = domain.recipe, domain.task
 
     def draw(rng: np.random.Generator) -> Reading:
-        drawn = domain.draw(rng, recipe.lm_questions)
-        count = min(int(rng.choice(recipe.lm_items)), len(drawn.profile))
+        count = int(rng.choice(recipe.lm_items))
+        drawn = domain.draw(rng, recipe.lm_questions, alone=not count)
+        count = min(count, len(drawn.profile))
         items = [drawn.profile.events[i] for i in rng.permutation(len(drawn.profile))[:count]]
         first = drawn.questions[0][0]
         text = profile_prompt(task, first, items, tokenizer, recipe.max_length)

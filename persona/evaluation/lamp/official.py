@@ -61,10 +61,10 @@ class OfficialDomain:
         samples = self.train if part == "train" else self.samples(part)
         return {fingerprint(self.task.name, self.recipe.official, file, sample.id) for sample in samples}
 
-    def draw(self, rng: np.random.Generator, most: int | None = None) -> Draw:
-        """A random training question, with some of its profile dropped as the recipe says."""
+    def draw(self, rng: np.random.Generator, most: int | None = None, *, alone: bool = False) -> Draw:
+        """A random training question, with some of its profile dropped as the recipe says, or without one."""
         sample = self.train[rng.integers(len(self.train))]
-        events = shortened(sample.profile.events, rng, self.recipe.training)
+        events = [] if alone else shortened(sample.profile.events, rng, self.recipe.training)
         return Draw(sample.profile.of(events), ((sample.input, sample.output),))
 
     def histories(self) -> Iterator[History]:

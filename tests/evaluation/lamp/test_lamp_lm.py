@@ -86,7 +86,7 @@ def lamp(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words(lamp):
-    return train_tokenizer(tokenizer_lines(lamp), LM.vocab_size)
+    return train_tokenizer(tokenizer_lines(lamp), LM)
 
 
 def markers(history):
@@ -119,6 +119,22 @@ def test_a_reading_is_the_prompt_that_the_bench_writes(lamp, words):
         counts.add(len(items))
         assert f"{shared}{reading.glue}{first}" == profile_prompt(lamp.task, first, items, words, 256)
     assert {0, 1, 4} <= counts
+
+
+def test_where_no_items_are_shown_first_events_are_asked_too(lamp, words):
+    firsts = {lamp._input(h.events[0]) for h in lamp.histories()}
+    rng = np.random.default_rng(0)
+    with_profile = {q for _ in range(300) for q, _ in lamp.draw(rng).questions}
+    drawn = [lamp.draw(rng, alone=True) for _ in range(300)]
+    assert not any(len(draw.profile) for draw in drawn)
+    alone = {question for draw in drawn for question, _ in draw.questions}
+    assert alone & firsts and alone & with_profile
+    if lamp.recipe.split.by == "user":  # a paper that is one author's first may have another who wrote before
+        assert not with_profile & firsts
+    bare = copy.copy(lamp)
+    bare.recipe = replace(lamp.recipe, lm_items=[0])
+    draw = readings(bare, words)
+    assert {q for _ in range(300) for q, _ in draw(rng).questions} & firsts
 
 
 def test_items_are_any_of_the_profile_in_any_order(lamp, words):
