@@ -39,6 +39,6 @@ lock:
 # Rebuilds the committed demo LM, adapter and control from nothing (about 25 minutes on two cores).
 demo-weights: .venv/ready
 	$(BIN)/persona data shop --out build/shop
-	$(BIN)/persona lm build adapters/demo/recipe.yaml --data build/shop
+	$(BIN)/persona lm build adapters/demo/recipe.yaml --data build/shop --overwrite
 	$(BIN)/persona train adapters/demo/recipe.yaml --data build/shop --llm adapters/demo/lm --overwrite
 	$(BIN)/persona train adapters/demo/recipe.yaml --data build/shop --llm adapters/demo/lm --no-history --overwrite

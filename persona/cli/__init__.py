@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from persona.cli.bench import bench
-from persona.cli.common import Change, Data, Recipe, ReportTo, Strict, open_domain, quiet, say
+from persona.cli.common import Change, Data, OverwriteLM, Recipe, ReportTo, Strict, open_domain, quiet, say
 from persona.cli.embed import embed
 from persona.cli.migrate import migrate
 from persona.cli.refresh import refresh
@@ -102,6 +102,7 @@ def lm_build(
     data: Data,
     out: Annotated[Path | None, typer.Option(help="Where to save; `lm` beside the recipe by default.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
+    overwrite: OverwriteLM = False,
     strict: Strict = False,
     report_to: ReportTo = "none",
 ) -> None:
@@ -109,7 +110,7 @@ def lm_build(
     from persona.training.reference_lm import build_reference_lm
 
     out = out or recipe.parent / "lm"
-    build_reference_lm(open_domain(recipe, data, strict), out, steps=steps, report_to=report_to)
+    build_reference_lm(open_domain(recipe, data, strict), out, steps=steps, overwrite=overwrite, report_to=report_to)
     say(f"saved the reference LM to {out}")
 
 
@@ -120,6 +121,7 @@ def lm_lamp(
     out: Annotated[Path, typer.Option(help="Where to save.")],
     start: Annotated[Path | None, typer.Option(help="Reference LM to go on from, instead of from scratch.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
+    overwrite: OverwriteLM = False,
     report_to: ReportTo = "none",
 ) -> None:
     """Trains a small Llama on a task in LaMP's form."""
@@ -129,7 +131,7 @@ def lm_lamp(
 
     domain = open_domain(load_lamp_recipe(recipe), data)
     say(str(domain))
-    build_lamp_lm(domain, out, start=start, steps=steps, report_to=report_to)
+    build_lamp_lm(domain, out, start=start, steps=steps, overwrite=overwrite, report_to=report_to)
     say(f"saved the reference LM to {out}")
 
 

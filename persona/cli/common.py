@@ -17,6 +17,7 @@ Change = Annotated[
 ]
 Strict = Annotated[bool, typer.Option(help="Stop at the first bad row instead of counting it.")]
 ReportTo = Annotated[str, typer.Option(help="Where transformers reports progress: none, tensorboard, wandb, ...")]
+OverwriteLM = Annotated[bool, typer.Option("--overwrite", help="Replace an LLM that lies in --out.")]
 
 
 def open_domain(recipe: Path, data: Path, strict: bool, changes: Sequence[str] = ()):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ def load_llm(name: str | Path, *, weights: bool = True, **kwargs):
     Without `weights` the LLM's parameters have shapes but no storage (torch's meta device), except for its input
     embeddings, which are mapped from the file and cost memory only where they are read.
     """
-    try:
+    with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         if weights:
             llm = AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **kwargs})
@@ -35,16 +37,20 @@ def load_llm(name: str | Path, *, weights: bool = True, **kwargs):
             with torch.device("meta"):
                 llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
             _map_embeddings(llm, name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"the LLM {str(name)!r} cannot be loaded: {error}") from error
     return llm.eval(), tokenizer
 
 
 def check_llm(name: str | Path) -> None:
     """Raises `CheckpointError`, as `load_llm` would, for a name or path behind which no LLM is; loads no weights."""
-    try:
+    with _loading(name):
         AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+
+
+@contextmanager
+def _loading(name: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the LLM {str(name)!r} cannot be loaded: {error}") from error
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
-from persona.errors import RecipeError
+from persona.errors import PersonaError, RecipeError
 from persona.history.render import render_event, render_history
 from persona.training.configs import LMConfig
 from persona.training.hardware import precision
@@ -57,14 +57,31 @@ COPIED = 8
 """Words that an exercise in copying asks for."""
 
 
-def build_reference_lm(domain: Domain, out: str | Path, *, steps: int | None = None, report_to: str = "none") -> Path:
-    """Trains tokenizer and model by `domain.recipe.lm` and saves them to `out` as a Hugging Face checkpoint."""
+def build_reference_lm(
+    domain: Domain,
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    overwrite: bool = False,
+    report_to: str = "none",
+) -> Path:
+    """Trains tokenizer and model by `domain.recipe.lm` and saves them to `out` as a Hugging Face checkpoint.
+
+    Raises `PersonaError` if an LLM lies there, unless `overwrite` says that it is to be replaced.
+    """
+    check_free(out, overwrite)
     config = domain.recipe.lm
     set_seed(config.seed)
     tokenizer = train_tokenizer(domain_lines(domain), config)
     train_lm(domain_readings(domain), tokenizer, config, out, steps=steps, report_to=report_to)
     write_trained_on(domain.fingerprints(domain.train), out)
     return Path(out)
+
+
+def check_free(out: str | Path, overwrite: bool) -> None:
+    """Raises `PersonaError` if an LLM lies in `out` and is not to be replaced."""
+    if (Path(out) / "config.json").exists() and not overwrite:
+        raise PersonaError(f"{out} holds an LLM already; give another --out, or --overwrite")
 
 
 def train_lm(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from persona.errors import RecipeError
+from persona.errors import PersonaError, RecipeError
 from persona.history.render import render_history
 from persona.injection import PromptTemplate, load_llm
 from persona.training.questions import build_questions
@@ -166,3 +166,13 @@ def test_a_tiny_build_is_a_checkpoint_that_answers(domain, tmp_path):
         return_dict=True,
     )
     assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_an_llm_is_replaced_only_where_that_is_said(domain, tmp_path):
+    folder = build_reference_lm(domain, tmp_path / "lm", steps=1)
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(PersonaError, match="holds an LLM already; give another --out, or --overwrite"):
+        build_reference_lm(domain, folder, steps=2)
+    assert (folder / "model.safetensors").read_bytes() == before
+    build_reference_lm(domain, folder, steps=2, overwrite=True)
+    assert (folder / "model.safetensors").read_bytes() != before

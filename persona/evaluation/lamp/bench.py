@@ -100,6 +100,11 @@ class LampBench:
             digest.update(repr(record).encode(errors="surrogatepass"))
         return digest.hexdigest()[:16]
 
+    @property
+    def name(self) -> str:
+        """Of results: the recipe's, the part unless it is the test, and the seed."""
+        return "-".join([self.domain.recipe.name, *([] if self.part == "test" else [self.part]), f"s{self.seed}"])
+
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """One for all methods, so that each text is encoded once."""
@@ -131,7 +136,7 @@ class LampBench:
         """A method that is text alone as a task of lm-evaluation-harness; see `export_lm_eval`."""
         tokenizer = AutoTokenizer.from_pretrained(self.llm)
         recipe, write = self.domain.recipe, self.write(METHODS[name], tokenizer)
-        task = f"{recipe.name}-{name}"
+        task = "-".join([self.name, name])
         return export_lm_eval(self.samples, self.domain.task, task, Path(out), write, recipe.new_tokens)
 
     # --- training -----------------------------------------------------------------------------------------------

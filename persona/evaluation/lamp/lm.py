@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from persona.evaluation.lamp.domain import LampDomain
 from persona.evaluation.lamp.prompts import profile_prompt
 from persona.injection import load_llm
-from persona.training.reference_lm import Draw, Reading, train_lm, train_tokenizer
+from persona.training.reference_lm import Draw, Reading, check_free, train_lm, train_tokenizer
 from persona.training.trained_on import check_unseen, trained_on, write_trained_on
 
 INPUTS = 1000
@@ -23,13 +23,15 @@ def build_lamp_lm(
     *,
     start: str | Path | None = None,
     steps: int | None = None,
+    overwrite: bool = False,
     report_to: str = "none",
 ) -> Path:
     """Trains tokenizer and model by `recipe.lm` on what training may see, and saves them to `out`.
 
     `start` is a reference LM to go on from, such as one for other questions on the same records. Raises `DataError` if
-    it has seen what is asked in validation or test.
+    it has seen what is asked in validation or test, and `PersonaError` if an LLM lies in `out`, unless `overwrite`.
     """
+    check_free(out, overwrite)
     config, model = domain.recipe.lm, None
     if start:
         check_unseen(domain.fingerprints("validation") | domain.fingerprints("test"), start, "questions")

@@ -48,7 +48,7 @@ def lamp_table(bench: LampBench, names: Sequence[str]) -> dict:
         for key, ours in OURS.items()
     }
     return {
-        "name": "-".join([bench.domain.recipe.name, *([] if bench.part == "test" else [bench.part]), f"s{bench.seed}"]),
+        "name": bench.name,
         "kind": "lamp",
         "task": task.name,
         "results": rows,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from persona.errors import DataError
+from persona.errors import DataError, PersonaError
 from persona.evaluation.lamp.domain import LampDomain
 from persona.evaluation.lamp.lm import build_lamp_lm, readings, tokenizer_lines
 from persona.evaluation.lamp.official import OfficialDomain
@@ -224,6 +224,13 @@ def test_a_tiny_build_is_a_checkpoint_with_a_note_of_what_it_has_seen(lamp, tmp_
     assert set(json.loads((folder / TRAINED_ON).read_text())) == lamp.fingerprints("train")
     ids = tokenizer(lamp.test[0].input, return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=2, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_an_lm_is_replaced_only_where_that_is_said(lamp, tmp_path):
+    folder = build_lamp_lm(lamp, tmp_path / "lm", steps=1)
+    with pytest.raises(PersonaError, match="holds an LLM already; give another --out, or --overwrite"):
+        build_lamp_lm(lamp, folder, start=folder, steps=1)
+    build_lamp_lm(lamp, folder, start=folder, steps=1, overwrite=True)
 
 
 def test_an_lm_goes_on_from_another_and_notes_what_both_have_seen(lamp, tmp_path):
