@@ -87,7 +87,8 @@ class TextEncoder:
             found, forgotten = {t: cache[t] for t in texts if t in cache}, self._forgotten
         missing = [t for t in dict.fromkeys(texts) if t not in found]
         if missing:
-            made = dict(zip(missing, encode(missing)))
+            with torch.autocast(self.model.device.type, enabled=False):  # the cache outlives a training in bfloat16
+                made = dict(zip(missing, encode(missing)))
             with self._lock:
                 if forgotten == self._forgotten:  # else one of these texts may be what was to be forgotten
                     cache.update(made)

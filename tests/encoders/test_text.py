@@ -51,6 +51,14 @@ def test_states_are_the_pooled_vector_then_each_token(text_encoder):
     assert torch.allclose(together[0], states, atol=1e-5)
 
 
+def test_a_training_in_bfloat16_leaves_vectors_and_states_in_float32():
+    inside, outside = TextEncoder(), TextEncoder()
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors, states = inside.vectors(["a red kettle"]), inside.states_of(["what does this user buy?"])
+    assert torch.equal(vectors, outside.vectors(["a red kettle"]))
+    assert torch.equal(states[0], outside.states_of(["what does this user buy?"])[0])
+
+
 def test_a_full_cache_drops_the_oldest_and_still_answers(counted):
     encoder, reached = counted
     encoder.cache_size = 2
