@@ -19,8 +19,9 @@ TORCH_INDEX = https://download.pytorch.org/whl/cpu
 demo: .venv/ready
 	$(BIN)/persona demo
 
+# Two at a time, whole files: some start engines and servers, of a few GB each.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
