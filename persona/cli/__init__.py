@@ -121,6 +121,7 @@ def lm_lamp(
     out: Annotated[Path, typer.Option(help="Where to save.")],
     start: Annotated[Path | None, typer.Option(help="Reference LM to go on from, instead of from scratch.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
+    change: Change = None,
     overwrite: OverwriteLM = False,
     report_to: ReportTo = "none",
 ) -> None:
@@ -129,7 +130,7 @@ def lm_lamp(
     from persona.evaluation.lamp.official import open_domain
     from persona.evaluation.lamp.recipe import load_lamp_recipe
 
-    domain = open_domain(load_lamp_recipe(recipe), data)
+    domain = open_domain(load_lamp_recipe(recipe, change or ()), data)
     say(str(domain))
     build_lamp_lm(domain, out, start=start, steps=steps, overwrite=overwrite, report_to=report_to)
     say(f"saved the reference LM to {out}")

@@ -384,6 +384,16 @@ def test_the_command_makes_the_kept_rows_too(monkeypatch, given, command):
     assert _command(["pplug", "ours", "ours_k1"]) == command
 
 
+def test_an_lm_is_built_with_changes_and_replaced_only_where_that_is_said(run, recipe, records, tmp_path):
+    build = ["lm", "lamp", recipe, "--data", records, "--out", tmp_path / "lm", "--steps", 1]
+    made = run(*build, "--set", "lm.layers=1")
+    assert made.returncode == 0, made.stderr
+    assert json.loads((tmp_path / "lm" / "config.json").read_text())["num_hidden_layers"] == 1
+    again = run(*build)
+    assert again.returncode == 1 and "give another --out, or --overwrite" in again.stderr
+    assert run(*build, "--overwrite").returncode == 0
+
+
 def test_an_export_of_what_is_no_text_is_refused(run, recipe, records, lm, tmp_path):
     said = run("bench", "lamp", recipe, "--data", records, "--llm", lm, "--out", tmp_path / "out",
                "--method", "ours", "--export", tmp_path / "tasks")  # fmt: skip
