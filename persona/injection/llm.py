@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from persona.errors import CheckpointError
 
+WEIGHTS = ("*.safetensors", "*.bin")
+"""Files of a folder that hold an LLM's weights."""
 _EMBEDDINGS = "embed_tokens.weight"
 
 
@@ -40,10 +44,21 @@ def load_llm(name: str | Path, *, weights: bool = True, **kwargs):
     return llm.eval(), tokenizer
 
 
-def check_llm(name: str | Path) -> None:
-    """Raises `CheckpointError`, as `load_llm` would, for a name or path behind which no LLM is; loads no weights."""
+def llm_revision(name: str | Path) -> str:
+    """Which LLM lies behind a name or path now: its commit on the hub, or SHA-256 of the weights in a folder.
+
+    Raises `CheckpointError`, as `load_llm` would, where there is none; loads no weights.
+    """
     with _loading(name):
         AutoConfig.from_pretrained(name)
+        config = Path(cached_file(name, "config.json"))
+    if commit := extract_commit_hash(str(config), None):
+        return commit
+    digest = hashlib.sha256()
+    for file in sorted(path for kind in WEIGHTS for path in config.parent.glob(kind)):
+        with file.open("rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest()
 
 
 @contextmanager

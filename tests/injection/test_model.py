@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from persona.encoders import EncoderConfig, UserEncoder
 from persona.errors import CheckpointError, PersonaError
 from persona.injection import PersonalizedLM, Projector, load_llm
+from persona.injection.llm import llm_revision
 from persona.training.data import Collator, Example
 from persona.training.questions import Question
 
@@ -87,6 +88,27 @@ def test_an_llm_that_cannot_be_read(llm_path, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_llm(tmp_path / "cut")
+
+
+def test_the_revision_of_an_llm_is_that_of_its_weights_wherever_they_lie(llm_path, tmp_path):
+    shutil.copytree(llm_path, tmp_path / "llm")
+    weights = tmp_path / "llm" / "model.safetensors"
+    before = llm_revision(tmp_path / "llm")
+    assert before == llm_revision(llm_path)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert llm_revision(tmp_path / "llm") != before
+    with pytest.raises(CheckpointError, match="no/such/llm"):
+        llm_revision("no/such/llm")
+
+
+def test_the_revision_of_an_llm_of_the_hub_is_its_commit(llm_path, tmp_path, monkeypatch):
+    """A cache of the hub's shape, read as one without a network is."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    shutil.copytree(llm_path, tmp_path / "models--team--llm" / "snapshots" / commit)
+    (tmp_path / "models--team--llm" / "refs").mkdir()
+    (tmp_path / "models--team--llm" / "refs" / "main").write_text(commit)
+    assert llm_revision("team/llm") == commit
 
 
 def test_rows_that_do_not_fit_the_prompts_are_refused(model):

@@ -38,7 +38,7 @@ from persona.evaluation.lamp.training import Collate, Draws, Write
 from persona.evaluation.lamp.user_lora import UserLora
 from persona.history.config import stated
 from persona.injection import SoftPromptLM, load_llm
-from persona.injection.llm import check_llm, default_device
+from persona.injection.llm import default_device, llm_revision
 from persona.training.trained_on import check_unseen, write_trained_on
 from persona.training.trainer import AdapterTrainer, PersonaTrainer, fit
 
@@ -79,7 +79,7 @@ class LampBench:
         say(str(self.domain))
         self.samples = self.domain.samples(part)
         check_unseen(self.domain.fingerprints(part), llm, "questions")
-        check_llm(llm)  # before it is noted as this folder's
+        self.llm_revision = llm_revision(llm)
         if len({sample.profile.user for sample in self.samples}) < 2:
             raise DataError(f"{self.domain.recipe.name}: one user alone is asked; intervals and controls need others")
 
@@ -88,7 +88,13 @@ class LampBench:
         if self._claimed:
             return
         recipe = {name: value for name, value in stated(self.domain.recipe).items() if name not in _MAKES_LM}
-        mine = {"recipe": recipe, "records": self._records(), "llm": self.llm, "steps": self.steps}
+        mine = {
+            "recipe": recipe,
+            "records": self._records(),
+            "llm": self.llm,
+            "llm_revision": self.llm_revision,
+            "steps": self.steps,
+        }
         claim(self.out / "run.json", mine, f"{self.out} holds a run")
         self._claimed = True
 

@@ -32,7 +32,7 @@ from persona.evaluation.uqa.table import baselines_table, soft_table
 from persona.evaluation.uqa.tasks import SUB_TASKS
 from persona.history.config import stated
 from persona.injection import PersonalizedLM
-from persona.injection.llm import check_llm
+from persona.injection.llm import llm_revision
 from persona.injection.soft_prompt import Injection
 from persona.training.pretrain import pretrain
 from persona.training.ranking import leave_one_out
@@ -93,7 +93,7 @@ class UQA:
         if strange:
             raise RecipeError(f"questions.{strange[0]} is not a sub-task of UQA; they are {', '.join(known)}")
         check_unseen(domain.fingerprints(domain.test), llm)
-        check_llm(llm)
+        self.llm_revision = llm_revision(llm)
         self.domain, self.llm, self.out, self.say = domain, str(Path(llm)), Path(out), say
         self._text_encoder: TextEncoder | None = None
 
@@ -163,7 +163,8 @@ class UQA:
         settings = {name: {k: v for k, v in stated(part).items() if k != "steps"} for name, part in parts.items()}
         settings |= {"records": self._records, "window": recipe.window, "steps": steps}
         if not name.startswith("pretrain-"):
-            settings |= {"llm": self.llm, "questions": {n: stated(q) for n, q in recipe.questions.items()}}
+            settings |= {"llm": self.llm, "llm_revision": self.llm_revision}
+            settings |= {"questions": {n: stated(q) for n, q in recipe.questions.items()}}
         claim(self.out / "made_from" / f"{name}.json", settings, f"{self.out} holds {name}")
 
     @cached_property

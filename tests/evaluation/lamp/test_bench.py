@@ -353,6 +353,15 @@ def test_answers_to_other_records_are_not_taken_for_its_own(done, bench, records
         bench(tmp_path / "copy", data=tmp_path / "records").predictions("ours")
 
 
+def test_answers_of_an_llm_that_was_replaced_are_not_taken_for_the_new_ones(bench, lm, tmp_path):
+    shutil.copytree(lm, tmp_path / "lm")
+    bench(llm=tmp_path / "lm").predictions("no_history")
+    weights = tmp_path / "lm" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(PersonaError, match="holds a run with another llm_revision; give this one its own --out"):
+        bench(llm=tmp_path / "lm").predictions("no_history")
+
+
 def test_an_llm_that_is_not_there_does_not_claim_the_folder(bench, tmp_path):
     with pytest.raises(PersonaError, match="cannot be loaded"):
         bench(llm=tmp_path / "nowhere")
