@@ -58,9 +58,23 @@ def data_lamp(
 
 @data_app.command("check")
 def data_check(recipe: Recipe, data: Data, strict: Strict = False) -> None:
-    """Reads the records of a recipe and says what it found, bad rows included."""
+    """Reads the records of a recipe, of either form, and says what it found, bad rows included."""
+    from persona.history.config import read_mapping
+
+    if "task" in read_mapping(recipe):
+        _check_lamp(recipe, data, strict)
+        return
     domain = open_domain(recipe, data, strict)
     say(f"users: {len(domain.train)} train, {len(domain.validation)} validation, {len(domain.test)} test")
+
+
+def _check_lamp(recipe: Path, data: Path, strict: bool) -> None:
+    from persona.evaluation.lamp.official import open_domain
+    from persona.evaluation.lamp.recipe import load_lamp_recipe
+
+    domain = open_domain(load_lamp_recipe(recipe), data, strict=strict)
+    say(str(domain))
+    say(f"questions: {len(domain.samples('validation')):,} validation, {len(domain.samples('test')):,} test")
 
 
 @data_app.command("userqa")

@@ -21,12 +21,8 @@ from persona.errors import RecipeError
 T = TypeVar("T")
 
 
-def load_config(cls: type[T], path: str | Path, changes: Sequence[str] = ()) -> T:
-    """Reads a YAML file into the config dataclass `cls`. `changes` such as "encoder.width=128" override fields.
-
-    Raises `RecipeError` if the file is missing, empty, not YAML or not a mapping, and for every field that
-    `cls` would not take.
-    """
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """A YAML file's fields, unchecked. Raises `RecipeError` if it is missing, not YAML or not a mapping."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -43,7 +39,19 @@ def load_config(cls: type[T], path: str | Path, changes: Sequence[str] = ()) -> 
         raise RecipeError(f"{path}{where}: is not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: is not valid YAML: {error}") from None
-    if data is None:
+    if data is not None and not isinstance(data, dict):
+        raise RecipeError(f"{path}: must be a mapping of fields, not {type(data).__name__}")
+    return data or {}
+
+
+def load_config(cls: type[T], path: str | Path, changes: Sequence[str] = ()) -> T:
+    """Reads a YAML file into the config dataclass `cls`. `changes` such as "encoder.width=128" override fields.
+
+    Raises `RecipeError` if the file is missing, empty, not YAML or not a mapping, and for every field that
+    `cls` would not take.
+    """
+    data = read_mapping(path)
+    if not data:
         raise RecipeError(f"{path}: is empty; expected the fields of {cls.__name__}: {_names(cls)}")
     for change in changes:
         _change(data, change)

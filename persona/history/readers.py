@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,15 @@ def read_histories(
                 report.events += 1
                 report.future += event.timestamp is not None and event.timestamp > now
     report.users = len(events)
-    return {user: History(user, tuple(those)) for user, those in events.items()}, report
+    histories = {user: History(user, tuple(those)) for user, those in events.items()}
+    report.copies = sum(_copies(history) for history in histories.values())
+    return histories, report
+
+
+def _copies(history: History) -> int:
+    """Events that say in every field what another one says."""
+    at_once = (list(group) for _, group in groupby(history.events, key=lambda event: event.timestamp))
+    return sum(len(group) - len(set(map(repr, group))) for group in at_once if len(group) > 1)
 
 
 def _events(spec: ReaderSpec, table: Table, joins: _Joins, report: ReadReport) -> Iterator[tuple[list[str], Event]]:

@@ -37,6 +37,8 @@ class ReadReport:
     """Users with an event."""
     future: int = 0
     """Events later than the moment of reading: kept, but often a wrong `time_format`."""
+    copies: int = 0
+    """Events equal in every field to another of the same user: kept, but often a file that was exported twice."""
     bad: dict[tuple[str, str, str], BadRows] = field(default_factory=dict)
     """(file, field, reason) to the rows left out for it."""
     strict: bool = False
@@ -61,6 +63,8 @@ class ReadReport:
         text = f"{count(self.rows, 'row')} gave {count(self.events, 'event')} of {count(self.users, 'user')}."
         if self.future:
             text += f" Dated in the future: {count(self.future, 'event')}; is time_format right?"
+        if self.copies:
+            text += f" Exact copies of another event, kept: {self.copies:,}; is a file there twice?"
         if not self.bad:
             return text
         reasons = [

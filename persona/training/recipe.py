@@ -15,7 +15,7 @@ from pydantic import PositiveInt
 from persona.encoders.config import EncoderConfig
 from persona.errors import DataError, RecipeError
 from persona.history import History, ReaderSpec, SourceSpec
-from persona.history.config import load_config
+from persona.history.config import load_config, read_mapping
 from persona.history.readers import ReadReport, read_histories
 from persona.history.render import check_template
 from persona.history.source import STRICT
@@ -90,6 +90,11 @@ class Recipe:
 
 def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe; `RecipeError` names the file and the field. `changes` as in `load_config`."""
+    if "task" in read_mapping(path):
+        raise RecipeError(
+            f"{path}: has a task, so it is a recipe in LaMP's form; `persona bench lamp`, `persona lm lamp` and "
+            "`persona data check` take it"
+        )
     return load_config(Recipe, path, changes)
 
 

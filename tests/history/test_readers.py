@@ -3,6 +3,7 @@ import json
 import os
 import sys
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -212,6 +213,16 @@ def test_future_and_equal_times_are_kept(tmp_path):
     assert [e.item_id for e in histories["u"].events] == ["2", "3", "1"]
     assert [e.item_id for e in histories["u"].until(5).events] == []
     assert report.future == 1 and "Dated in the future: 1 event" in str(report)
+
+
+def test_exact_copies_are_kept_and_counted(tmp_path):
+    write(tmp_path / "a.csv", "user,time,n,tag\nu,5,1,x\nv,5,1,x\nu,5,2,x\nu,6,1,x\nu,5,1,y\nu,7,,\n")
+    write(tmp_path / "b.csv", "user,time,n,tag\nu,5,1,x\nu,5,1,x\nu,7,,\n")
+    of = partial(spec, timestamp="time", item_id="n", attributes={"tag": "tag"})
+    histories, report = read_histories([of("*.csv")], tmp_path)
+    assert len(histories["u"]) == 8 and report.copies == 3
+    assert str(report).endswith("Exact copies of another event, kept: 3; is a file there twice?")
+    assert "copies" not in str(read_histories([of("a.csv")], tmp_path)[1])
 
 
 BAD = '''user,time,x,tag

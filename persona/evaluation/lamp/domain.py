@@ -50,11 +50,11 @@ class LampDomain:
     that the task does not know.
     """
 
-    def __init__(self, recipe: LampRecipe, data: str | Path):
+    def __init__(self, recipe: LampRecipe, data: str | Path, *, strict: bool = False):
         self.recipe, self.sources = recipe, recipe.sources
         self.report: ReadReport
         self.incomplete = 0
-        histories, self.report = read_histories(recipe.readers, data)
+        histories, self.report = read_histories(recipe.readers, data, strict=strict)
         profiles = {user: self._profile(history) for user, history in sorted(histories.items())}
         self._people = {user: user_fingerprint(history) for user, history in histories.items()}
         by_time = recipe.split.by == "time"

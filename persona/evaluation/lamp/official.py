@@ -78,6 +78,6 @@ class OfficialDomain:
             yield sample.output
 
 
-def open_domain(recipe: LampRecipe, data: str | Path) -> LampDomain | OfficialDomain:
-    """The records, or the official files, of a recipe."""
-    return OfficialDomain(recipe, data) if recipe.official else LampDomain(recipe, data)
+def open_domain(recipe: LampRecipe, data: str | Path, *, strict: bool = False) -> LampDomain | OfficialDomain:
+    """The records of a recipe, `strict` as in `read_histories`, or its official files, where no bad line is passed."""
+    return OfficialDomain(recipe, data) if recipe.official else LampDomain(recipe, data, strict=strict)

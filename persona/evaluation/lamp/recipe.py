@@ -10,9 +10,10 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from persona.encoders.config import EncoderConfig
+from persona.errors import RecipeError
 from persona.evaluation.lamp.tasks import TASKS
 from persona.history import ReaderSpec, SourceSpec
-from persona.history.config import load_config
+from persona.history.config import load_config, read_mapping
 from persona.history.render import check_template
 from persona.history.source import STRICT
 from persona.training.configs import InjectionConfig, LMConfig, TrainingConfig
@@ -164,4 +165,7 @@ class LampRecipe:
 
 def load_lamp_recipe(path: str | Path, changes=()) -> LampRecipe:
     """Reads and checks a recipe; `RecipeError` names the file and the field. `changes` as in `load_config`."""
+    given = read_mapping(path)
+    if "questions" in given and "task" not in given:
+        raise RecipeError(f"{path}: has questions and no task, so it is no recipe in LaMP's form (adapters/lamp)")
     return load_config(LampRecipe, path, changes)

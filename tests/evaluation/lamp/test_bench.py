@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from persona.errors import DataError, PersonaError
+from persona.errors import DataError, PersonaError, RecipeError
 from persona.evaluation.intervals import interval
 from persona.evaluation.lamp.bench import LampBench
 from persona.evaluation.lamp.domain import LampDomain
@@ -25,11 +26,13 @@ from persona.evaluation.lamp.recipe import load_lamp_recipe
 from persona.evaluation.lamp.table import _command, about, lamp_table, markdown
 from persona.evaluation.lamp.tasks import TASKS
 from persona.injection import load_llm
+from persona.training.recipe import load_recipe
 from persona.training.trained_on import write_trained_on
 
 TRAINED = ["learned_prompt", "pplug", "ours", "ours_bm25_k1", "lora", "ours_no_labels"]
 OTHERS = ["no_history", "bm25_k1", "dense_k4", "shuffled_user", "user_lora", "ours_k1"]
 NAMES = list(read_methods(TRAINED + OTHERS))
+DEMO = Path(__file__).parents[3] / "adapters" / "demo" / "recipe.yaml"
 TASK = TASKS["LaMP_3"]
 RECIPE = """
 name: films
@@ -401,6 +404,21 @@ def test_an_lm_is_built_with_changes_and_replaced_only_where_that_is_said(run, r
     again = run(*build)
     assert again.returncode == 1 and "give another --out, or --overwrite" in again.stderr
     assert run(*build, "--overwrite").returncode == 0
+
+
+def test_records_are_checked_in_this_form_too_and_a_recipe_of_the_other_form_is_told(run, recipe, records, tmp_path):
+    found = run("data", "check", recipe, "--data", records)
+    assert (found.returncode, found.stderr.splitlines()) == (
+        0,
+        ["180 rows gave 180 events of 20 users.", "questions: 12 validation, 12 test"],
+    )
+    (tmp_path / "more.csv").write_text("user,item,stars,time,review\nu,m,good,1,bees\n")
+    bad = run("data", "check", recipe, "--data", tmp_path, "--strict")
+    assert bad.returncode == 1 and "more.csv, line 2: stars is not a number ('good')" in bad.stderr
+    with pytest.raises(RecipeError, match="has a task, so it is a recipe in LaMP's form; `persona bench lamp`"):
+        load_recipe(recipe)
+    with pytest.raises(RecipeError, match="has questions and no task, so it is no recipe in LaMP's form"):
+        load_lamp_recipe(DEMO)
 
 
 def test_an_export_of_what_is_no_text_is_refused(run, recipe, records, lm, tmp_path):
