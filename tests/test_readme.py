@@ -1,6 +1,7 @@
-"""The README's five lines are run as they stand."""
+"""The README's five lines are run as they stand, and its tables are those of the committed results."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,23 @@ def test_the_quickstart_runs_and_personalises_and_loads_no_engine(tmp_path):
     known, unknown = run.stdout.strip().split("\n")
     assert "text='music'" in known and "personalized=True" in known
     assert "personalized=False" in unknown and "no events" in unknown
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *([f"benchmarks/{name}/report.py"] for name in ("fleet", "instruct", "lamp", "serving", "uqa")),
+        ["-m", "persona.cli", "bench", "readme", "benchmarks/results/movies.json", "benchmarks/results/demo.json"],
+    ],
+    ids=" ".join,
+)
+def test_the_tables_are_what_their_command_writes(tmp_path, command):
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    run = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for name in ("README.md", "benchmarks/README.md"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

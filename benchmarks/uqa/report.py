@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from injection import injections
+from injection import caption, injections, overview, with_all_kinds
 from report_rows import commands, head
 
 from persona.evaluation.report import cell, label, replace_section
@@ -20,6 +20,8 @@ from persona.evaluation.uqa.tasks import DIMENSIONS
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 TASKS = [task for members in DIMENSIONS.values() for task in members]
+SHORT = ("chance", "majority", "ease", "no_history", "learned_prompt", "text_128", "text_full")
+"""Baselines in the README's table."""
 METRICS = ("recall@10", "ndcg@10", "recall@20", "ndcg@20")
 
 
@@ -37,7 +39,7 @@ def main() -> None:
     replace_section(details, "uqa-changed", changed(runs))
     replace_section(details, "injection", injections(every, baselines))
     replace_section(readme, "injection", injections(every, baselines, short=True))
-    replace_section(readme, "uqa", table(baselines, repeated(runs) or runs[:2]))
+    replace_section(readme, "uqa", short(baselines, every))
     for name, write in (("uqa-ranking", ranking), ("uqa-speed", speed)):
         file = RESULTS / f"{name}.json"
         text = write(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "(not measured yet)"
@@ -47,14 +49,6 @@ def main() -> None:
 def injection(run: dict) -> str:
     """How a run's user tokens enter the LLM."""
     return run["config"]["run"].get("injection", "soft_prompt")
-
-
-def repeated(runs: list[dict]) -> list[dict]:
-    """The runs that were made with several seeds: all of them, so that no lucky one stands for the others."""
-    kinds = [run["name"].rpartition("-s")[0] for run in runs]
-    return sorted(
-        (run for run, kind in zip(runs, kinds) if kinds.count(kind) > 1), key=lambda run: run["name"], reverse=True
-    )
 
 
 def ours(run: dict) -> dict:
@@ -83,6 +77,17 @@ def table(baselines: dict, runs: list[dict], columns: list[str] | None = None) -
         commands([baselines, *runs]),
     ]
     return "\n".join(lines)
+
+
+def short(baselines: dict, runs: list[dict]) -> str:
+    """Floors, text and ours with its controls, over seeds."""
+    columns = [*DIMENSIONS, "next_item", "mean"]
+    lines = [head(["", *columns, "prompt tokens"])]
+    lines += [line(label(name), baselines["results"][name], columns) for name in SHORT]
+    for kinds in with_all_kinds(runs, baselines).values():
+        lines += [line(*row, columns) for row in overview(kinds, list(baselines["n"]["answers"]))]
+        lines += ["", caption(kinds, baselines), ""]
+    return "\n".join(lines).strip()
 
 
 def paired(runs: list[dict]) -> str:

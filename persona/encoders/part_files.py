@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -19,6 +21,8 @@ MANIFEST = "_manifest.json"
 """Settings and digests of a run. Named so that pandas, pyarrow and Spark, which read the folder, pass over it."""
 TEMPORARY = ".writing-"
 """What the names of files begin with that are not whole."""
+ABANDONED = 3600.0
+"""Seconds after which nobody on another machine is taken to be still writing such a file."""
 
 
 class PartFiles:
@@ -80,10 +84,12 @@ class PartFiles:
             raise PersonaError(f"{out} is a file; name a folder for the embeddings")
         out.mkdir(parents=True, exist_ok=True)
         for path in out.glob(f"{TEMPORARY}*"):
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # its process has just finished it
+                if _abandoned(path):
+                    path.unlink()
         path = out / MANIFEST
         if not path.exists():
-            if found := sorted(entry.name for entry in out.iterdir()):
+            if found := sorted(path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY)):
                 listing = ", ".join(found[:5]) + ", ..." * (len(found) > 5)
                 raise PersonaError(f"{out} holds {listing}, but no {MANIFEST} of an earlier run; name another folder")
         elif overwrite:
@@ -97,6 +103,20 @@ class PartFiles:
             return
         text = json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
         _write(path, lambda file: file.write(text.encode()))
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether the process that wrote a file that is not whole was killed."""
+    pid, _, rest = path.name.removeprefix(TEMPORARY).partition("@")
+    if not rest.startswith(f"{socket.gethostname()}-"):
+        return time.time() - path.stat().st_mtime > ABANDONED
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        pass
+    return False
 
 
 def _differences(path: Path, manifest: Mapping) -> list[str]:
@@ -118,7 +138,7 @@ def _differences(path: Path, manifest: Mapping) -> list[str]:
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}@{socket.gethostname()}-{path.name}")
     try:
         with temporary.open("wb") as file:
             write(file)

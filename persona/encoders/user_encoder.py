@@ -281,8 +281,13 @@ class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
     def tokens(
         self, states: Sequence[UserState], instructions: Sequence[str | InstructionState], count: int | None = None
     ) -> list[UserTokens]:
-        """User tokens for each (state, instruction) pair; `count` keeps the first so many of the K tokens."""
+        """User tokens for each (state, instruction) pair; `count` keeps the first so many of the K tokens.
+
+        Raises `EventError` for another number of instructions than of states, and for a `count` that is not 1 to K.
+        """
         count = self.check_count(count)
+        if isinstance(instructions, str) or len(instructions) != len(states):
+            raise EventError(f"instructions is a list with one for each of {len(states)} states, not {instructions!r}")
         if not states:
             return []
         texts = list(dict.fromkeys(i for i in instructions if isinstance(i, str)))

@@ -9,7 +9,7 @@ import torch
 from cachetools import LRUCache
 
 from persona.encoders.llm_trunk import LLMTrunk
-from persona.encoders.text import TextEncoder
+from persona.encoders.text import TextEncoder, text_key
 
 WORDS_BYTES = 128 * 2**20
 """Memory for what an LM says of texts."""
@@ -25,7 +25,7 @@ class WordedTexts:
         self.texts, self.words = texts, trunk.width
         self._trunk = trunk
         self._lock = threading.Lock()
-        self._cache: LRUCache[str, torch.Tensor] = LRUCache(WORDS_BYTES, getsizeof=lambda words: words.nbytes)
+        self._cache: LRUCache[bytes, torch.Tensor] = LRUCache(WORDS_BYTES, getsizeof=lambda words: words.nbytes)
         self._forgotten = 0
 
     @property
@@ -41,19 +41,25 @@ class WordedTexts:
     @torch.no_grad()
     def vectors(self, texts: Sequence[str]) -> torch.Tensor:
         """Vectors `[len(texts), dim]` on the CPU; the empty text is the zero vector."""
+        keys = {text: text_key(text) for text in texts if text}
         with self._lock:
-            found, forgotten = {t: self._cache[t] for t in texts if t in self._cache}, self._forgotten
-        missing = [t for t in dict.fromkeys(texts) if t and t not in found]
+            found = {text: self._cache[key] for text, key in keys.items() if key in self._cache}
+            forgotten = self._forgotten
+        missing = [text for text in keys if text not in found]
         if missing:
             words = self._trunk.words([self._trunk.within(text) for text in missing])
             made = {text: _mean(own).cpu() for text, own in zip(missing, words)}
             with self._lock:
                 if forgotten == self._forgotten:  # else one of these texts may be what was to be forgotten
-                    self._cache.update(made)
+                    self._cache.update((keys[text], vector) for text, vector in made.items())
             found |= made
         nothing = torch.zeros(self.words)
         words = torch.stack([found.get(t, nothing) for t in texts]) if texts else torch.zeros(0, self.words)
         return torch.cat([self.texts.vectors(texts), words], dim=1)
+
+    def __contains__(self, text: str) -> bool:
+        """See `TextEncoder`."""
+        return text in self.texts
 
     def states_of(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """See `TextEncoder`."""
@@ -63,7 +69,7 @@ class WordedTexts:
         """See `TextEncoder`."""
         with self._lock:
             for text in texts:
-                self._cache.pop(text, None)
+                self._cache.pop(text_key(text), None)
             self._forgotten += 1
         self.texts.forget(texts)
 

@@ -41,6 +41,14 @@ def render_event(event: Event, spec: SourceSpec) -> str:
     return " ".join(line.split())
 
 
+def check_sources(sources: Mapping[str, SourceSpec], readers: Sequence[ReaderSpec]) -> None:
+    """Raises `RecipeError` for a name that an encoder's vocabulary could not tell from others, and for a bad line."""
+    for name, source in sources.items():
+        if "/" in name or not name:
+            raise RecipeError(f"sources has the name {name!r}; a name is not empty and holds no '/'")
+        check_template(f"sources.{name}.line", source.line, name, readers)
+
+
 def check_template(where: str, template: str, source: str, readers: Sequence[ReaderSpec]) -> None:
     """Raises `RecipeError`, in which `where` names the template, for one that no event of `source` could fill.
 

@@ -15,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from persona.errors import CheckpointError
+from persona.errors import CheckpointError, PersonaError
 
-WEIGHTS = ("*.safetensors", "*.bin")
-"""Files of a folder that hold an LLM's weights."""
+FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "*.model")
+"""Files of a folder that an LLM's answers depend on."""
+_HUB = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only")
+"""Arguments of `from_pretrained` that say which files are meant; they are for the tokenizer, too."""
 _EMBEDDINGS = "embed_tokens.weight"
 
 
@@ -30,22 +32,28 @@ def default_device() -> str:
 def load_llm(name: str | Path, *, weights: bool = True, **kwargs):
     """A causal LM and its tokenizer by name or path, in float32 unless told. Raises `CheckpointError`.
 
-    Without `weights` the LLM's parameters have shapes but no storage (torch's meta device), except for its input
+    `kwargs` go to `from_pretrained`; those that say which files of the hub are meant, such as `revision`, are the
+    tokenizer's, too. Without `weights` the LLM's parameters have shapes but no storage (torch's meta device), except for its input
     embeddings, which are mapped from the file and cost memory only where they are read.
     """
+    hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+    if not weights and (unused := sorted(kwargs.keys() - hub.keys())):
+        raise PersonaError(f"{', '.join(unused)}: an LLM that is loaded without weights has no use for it")
     with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
         if weights:
             llm = AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **kwargs})
         else:
             with torch.device("meta"):
-                llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
-            _map_embeddings(llm, name)
+                llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **hub))
+            _map_embeddings(llm, name, **hub)
     return llm.eval(), tokenizer
 
 
 def llm_revision(name: str | Path) -> str:
-    """Which LLM lies behind a name or path now: its commit on the hub, or SHA-256 of the weights in a folder.
+    """Which LLM lies behind a name or path now: its commit on the hub, or SHA-256 of the folder's files.
+
+    Those are the weights, the settings and the tokenizer with its chat template.
 
     Raises `CheckpointError`, as `load_llm` would, where there is none; loads no weights.
     """
@@ -55,9 +63,9 @@ def llm_revision(name: str | Path) -> str:
     if commit := extract_commit_hash(str(config), None):
         return commit
     digest = hashlib.sha256()
-    for file in sorted(path for kind in WEIGHTS for path in config.parent.glob(kind)):
-        with file.open("rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    for path in sorted(path for kind in FILES for path in config.parent.glob(kind)):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -69,14 +77,14 @@ def _loading(name: str | Path) -> Iterator[None]:
         raise CheckpointError(f"the LLM {str(name)!r} cannot be loaded: {error}") from error
 
 
-def _map_embeddings(llm: nn.Module, name: str | Path) -> None:
+def _map_embeddings(llm: nn.Module, name: str | Path, trust_remote_code: bool = False, **hub) -> None:
     """Gives a shell its input embeddings, memory-mapped, if they lie in a safetensors file under the usual name."""
     for file in ("model.safetensors.index.json", "model.safetensors"):
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
         if path and file.endswith(".json"):
             shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
             found = [shards[key] for key in shards if key.endswith(_EMBEDDINGS)]
-            path = found and cached_file(name, found[0])
+            path = found and cached_file(name, found[0], **hub)
         if path:
             break
     else:

