@@ -6,6 +6,7 @@ python benchmarks/lamp/report.py
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from persona.evaluation.lamp.methods import METHODS
@@ -15,22 +16,26 @@ from persona.evaluation.report import decimals, replace_section
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-SHORT = (
-    "no_history",
-    "bm25_k4",
-    "learned_prompt",
-    "shuffled_user",
-    "pplug",
-    "ours",
-    "ours_cross",
-    "learned_prompt_cross",
-    "shuffled_user_cross",
-    "lora",
-    "user_lora",
-)
-"""Rows of the README's table."""
-FULL = ("acl-title-s0", "movie-rating-s0")
+SHORT = {
+    "user_mean": "the user's mean score (no LLM)",
+    "user_item_bias": "user + item bias (no LLM)",
+    "no_history": "no profile",
+    "bm25_k4": "four retrieved items as text (BM25)",
+    "pplug": "PPlug, soft prompt",
+    "learned_prompt": "learned prompt, no user in it",
+    "shuffled_user": "another user's tokens, soft prompt",
+    "ours": "**ours, soft prompt**",
+    "learned_prompt_cross": "learned, no user in it, cross-attention",
+    "shuffled_user_cross": "another user's tokens, cross-attention",
+    "ours_cross": "**ours, cross-attention**",
+    "lora": "LoRA for the task",
+    "user_lora": "LoRA for each user (OPPU)",
+}
+"""Rows of the README's table, in words."""
+FULL = ("acl-title-s0", "movie-rating-long-s0", "movie-rating-s0")
 """Results whose rows are shown. The others repeat some of them, with another seed or LM."""
+README = "movie-rating-long-s0"
+"""The result in the README."""
 AGAIN = (
     "no_history",
     "pplug",
@@ -56,17 +61,29 @@ def main() -> None:
         if len(again) > 1:
             replace_section(details, f"lamp-again-{task}", repeated(again))
     replace_section(details, "lamp-ablation", "\n\n".join(map(ablation, results)))
-    replace_section(readme, "lamp", "\n\n".join(table(result, SHORT) for result in results))
+    replace_section(readme, "lamp", "\n\n".join(short(r) for r in results if r["name"] == README))
     file = RESULTS / "lamp-speed.json"
     text = speed(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "(not measured yet)"
     replace_section(details, "lamp-speed", text)
 
 
-def table(result: dict, names: tuple[str, ...] | None = None) -> str:
+def table(result: dict) -> str:
     """Floors, then the methods, with ours minus each of them, as a soft prompt and by cross-attention."""
-    metrics = shown(TASKS[result["task"]])
-    main = names or [name for name in result["results"] if name not in METHODS or not METHODS[name].ablation]
-    return "\n".join([title(result), "", *rows(result, main, metrics), "", caption(result)])
+    names = [name for name in result["results"] if name not in METHODS or not METHODS[name].ablation]
+    return "\n".join([title(result), "", *rows(result, names), "", caption(result)])
+
+
+def short(result: dict) -> str:
+    """The README's table: one metric."""
+    metric = shown(TASKS[result["task"]])[0]
+    less = " (less is better)" if TASKS[result["task"]].kind == "rating" else ""
+    lines = [f"| | {metric}{less} | ours, cross-attention, minus it | prompt tokens |", "|---|---|---|---|"]
+    for name, words in SHORT.items():
+        if row := result["results"].get(name):
+            paired = result["paired_cross"].get(name, {}).get(metric)
+            cells = [words, interval_cell(row[metric]), difference(paired) if paired else "", row.get("tokens", "")]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", caption(result, command=False)])
 
 
 def repeated(results: list[dict]) -> str:
@@ -93,12 +110,12 @@ def difference(value: dict) -> str:
 def ablation(result: dict) -> str:
     """Ours and PPlug, and each row that takes something away."""
     names = ["ours", "pplug", *(name for name, method in METHODS.items() if method.ablation)]
-    metrics = shown(TASKS[result["task"]])
-    return "\n".join([title(result), "", *rows(result, names, metrics)])
+    return "\n".join([title(result), "", *rows(result, names)])
 
 
-def rows(result: dict, names, metrics: list[str]) -> list[str]:
+def rows(result: dict, names: Sequence[str]) -> list[str]:
     """Lines of a table of these methods, as far as they were run."""
+    metrics = shown(TASKS[result["task"]])
     first = {"rmse": "mse"}  # the metric that is a mean, for differences
     compared = first.get(metrics[0], metrics[0])
     taken = {key: ours for key, ours in OURS.items() if result.get(key)}
@@ -123,15 +140,16 @@ def title(result: dict) -> str:
     return f"**{result['name']}**, the form of {result['task']}{less}"
 
 
-def caption(result: dict) -> str:
+def caption(result: dict, *, command: bool = True) -> str:
     """What is needed to read the table."""
     n, config = result["n"], result["config"]
     return (
         f"{n['questions']} questions of {n['users']} users, profiles of {n['mean_profile']:.0f} items on average, "
         f"split by {config['split']}; {n['gold_in_profile']} gold answers stand in the user's own profile. "
         f"Bootstrap 95% intervals over users. LLM `{config['llm']}`, prompts of at most {config['max_length']} tokens, "
-        f"greedy. Each trained method had {config['steps']} steps. Seed {result['seed']}. "
-        f"Made by `{result['command']}`."
+        f"greedy. Each trained method had {config['steps']} steps. Seed {result['seed']}."
+        + f" Made by `{result['command']}`."
+        * command
     )
 
 

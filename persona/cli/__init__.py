@@ -217,7 +217,7 @@ def serve(
     ] = None,
     max_body: Annotated[int | None, typer.Option(help="Longest request body in bytes.")] = None,
     require_personalization: Annotated[
-        bool, typer.Option("--require-personalization", help="Answer 503 rather than plainly for a named user.")
+        bool, typer.Option("--require-personalization", help="Answer 503 or 400 rather than plainly for a named user.")
     ] = False,
     injection: Annotated[
         str | None, typer.Option(help="Refuse an adapter of another kind: soft_prompt, cross_attention or both.")

@@ -17,7 +17,16 @@ from transformers.utils.hub import extract_commit_hash
 
 from persona.errors import CheckpointError, PersonaError
 
-FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "*.model")
+FILES = (
+    "*.safetensors",
+    "*.bin",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*.jinja",
+    "vocab*",
+    "*.model",
+)
 """Files of a folder that an LLM's answers depend on."""
 _HUB = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only")
 """Arguments of `from_pretrained` that say which files are meant; they are for the tokenizer, too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +63,12 @@ class Persona:
 
         With the engine None only the tokenizer and the input embeddings of the LLM are read: enough to personalise
         requests to an LLM that runs elsewhere (`persona.wrap`), not to answer. Raises `CheckpointError` for what
-        cannot be loaded, and `PersonaError` for another engine.
+        cannot be loaded, and `PersonaError` for another engine and for what is no store.
         """
         if engine not in ("transformers", "vllm", None):
             raise PersonaError(f'engine is "transformers", "vllm" or None, not {engine!r}')
+        if not isinstance(store, (str, EventStore)):
+            raise PersonaError(f"store is a URL such as sqlite:///persona.db, or an EventStore, not {store!r}")
         store = EventStore(store) if isinstance(store, str) else store
         if engine == "transformers":
             return cls(PersonalizedLM.from_pretrained(adapter, llm, **kwargs), store, tenant=tenant)
@@ -80,9 +82,13 @@ class Persona:
             served = export_adapter(adapter, llm=served)
         return cls(model, store, VLLMEngine(served, **kwargs), tenant=tenant)
 
-    def observe(self, user: str, events: Event | Iterable[Event]) -> int:
-        """Stores events and returns how many were new. Runs no model."""
-        return self.store.append(user, [events] if isinstance(events, Event) else list(events), tenant=self.tenant)
+    def observe(self, user: str, events: Event | Mapping | Iterable[Event | Mapping]) -> int:
+        """Stores events, or mappings of their fields, and returns how many were new. Runs no model.
+
+        An event with an `event_id` that is there already is not stored again.
+        """
+        one = isinstance(events, (Event, Mapping))
+        return self.store.append(user, [events] if one else list(events), tenant=self.tenant)
 
     def state(self, user: str) -> UserState | None:
         """The user's cached state, brought up to date; None for a user without events."""

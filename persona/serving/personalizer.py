@@ -37,6 +37,8 @@ REASONS = {
     "bad-prompt": "the prompt is not one that this LLM can read",
 }
 """Why a call is answered plainly: the word in headers and metrics, and what it means."""
+CALLERS = ("no-user-turn", "echo", "suffix", "too-long", "bad-prompt")
+"""The reasons that lie in the request itself, so that sending it again would not help."""
 
 MOST_PROMPTS, MOST_BYTES = 64, 256 * 2**20
 """Prompts of one completion request, and bytes of their embeddings: a token of text becomes a whole row."""
@@ -98,7 +100,7 @@ class Personalizer:
         The body is a plain one when the outcome is plain. `instruction` defaults to that turn's text.
         """
         messages = body.get("messages")
-        turns = [i for i, m in enumerate(messages or []) if isinstance(m, dict) and m.get("role") == "user"]
+        turns = user_turns(messages)
         if not turns or not isinstance(messages[turns[-1]].get("content"), (str, list)):
             return self.plain(CHAT, body), Outcome(False, "no-user-turn")
         if body.get("echo"):  # vLLM then asks for prompt logprobs, which stop the engine beside embeddings
@@ -173,6 +175,12 @@ class Personalizer:
         texts = [encode_rows(whole) for whole in embeds]
         rest = {key: value for key, value in body.items() if key != "prompt"}
         return {**rest, "prompt_embeds": texts if len(texts) > 1 else texts[0]}
+
+
+def user_turns(messages: object) -> list[int]:
+    """Positions of a chat's user turns; none where `messages` is no list, which is for the LLM's server to refuse."""
+    listed = messages if isinstance(messages, (list, tuple)) else []
+    return [i for i, m in enumerate(listed) if isinstance(m, dict) and m.get("role") == "user"]
 
 
 def _text(parts: Sequence[dict]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from persona.errors import MissingExtraError
 from persona.history import Event, History, SourceSpec
 from persona.history.render import render_event
-from persona.serving.personalizer import Outcome
+from persona.serving.personalizer import Outcome, user_turns
 from persona.store import EventStore
 
 HEAD = "What is known of this user, oldest first:"
@@ -51,7 +51,7 @@ class TextProfiles:
         The body is returned unchanged when the outcome is plain. `instruction` defaults to that turn's text.
         """
         messages = body.get("messages")
-        turns = [i for i, m in enumerate(messages or []) if isinstance(m, dict) and m.get("role") == "user"]
+        turns = user_turns(messages)
         content = messages[turns[-1]].get("content") if turns else None
         if not isinstance(content, (str, list)):
             return body, Outcome(False, "no-user-turn")

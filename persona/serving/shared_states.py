@@ -70,6 +70,17 @@ class SharedStates:
         except PersonaError as error:
             raise PersonaError(f"the user's events are erased, but not what the shared cache holds: {error}") from error
 
+    def discard(self, user: str, *, tenant: str = "default") -> None:
+        """Erases what there is of a user who changed while it was put there.
+
+        A cache that has failed is asked all the same, since the user may be one who was forgotten; where it fails, a
+        value stays that no revision of the store matches.
+        """
+        try:
+            self.embeddings.forget(user, tenant=tenant)
+        except PersonaError as error:
+            self._failed(error)
+
     def _failed(self, error: PersonaError) -> None:
         self._paused_until = time.monotonic() + PAUSE
         log.warning("the shared cache is not used for %g s: %s", PAUSE, error)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +53,8 @@ class _Known(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state."""
-        return self.state.nbytes
+        """Bytes of the state and of the events, which may be longer."""
+        return self.state.nbytes + sum(map(_event_bytes, self.events or ()))
 
 
 class _Made(NamedTuple):
@@ -139,7 +140,7 @@ class UserStates:
         self.shared.put(user, revision, state, history.events, tenant=tenant)
         now = self.store.revision(user, tenant=tenant)
         if now != revision:  # perhaps forgotten by another process, which has found nothing of this to erase
-            self.shared.forget(user, tenant=tenant)
+            self.shared.discard(user, tenant=tenant)
         if not now:
             self._find((tenant, user), now)
 
@@ -239,11 +240,18 @@ class UserStates:
         return self.encoder.extend(known.state, new)
 
 
+def _event_bytes(event: Event) -> int:
+    """Bytes that an event takes in memory, about: a string that several events share is counted for each."""
+    facts = event.attributes
+    held = (event, event.source, event.text, event.item_id, event.event_id, facts, *facts, *facts.values())
+    return sum(map(sys.getsizeof, held))
+
+
 def _lru(mib: float) -> LRUCache:
     """A cache of at most `mib` MiB; what was not asked for for the longest time goes first."""
     return LRUCache(mib * 2**20, getsizeof=lambda item: item.nbytes)
 
 
 def _put(cache: LRUCache, key: Any, item: Any) -> None:
-    if item.nbytes <= cache.maxsize:
+    with suppress(ValueError):  # raised for what is larger than the whole cache
         cache[key] = item

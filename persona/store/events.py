@@ -16,6 +16,8 @@ from persona.store.database import Database, check_tenant
 from persona.store.schema import embeddings as _embeddings
 from persona.store.schema import events as _events
 
+MILLISECONDS = 1e11
+"""Timestamps from here on are taken for milliseconds; as seconds this is the year 5138, as milliseconds 1973."""
 _PAGE = 1000
 
 _FIELDS = [_events.c[name] for name in Event.__slots__]
@@ -46,7 +48,8 @@ class EventStore:
         """Stores all events or none, and returns how many were new.
 
         An event whose `event_id` this user already has is passed over. Takes events, or dicts as from `export`.
-        When it returns, the events are on disk.
+        When it returns, the events are on disk. Raises `EventError` for what is no event, and for a timestamp that is
+        thousands of years away, as one in milliseconds is.
         """
         check_user(user)
         check_tenant(tenant)
@@ -166,9 +169,9 @@ class EventStore:
         """Erases the user and returns how many events there were; no byte of them stays in SQLite's files.
 
         What `SqlEmbeddings` keeps of the user goes in the same transaction. For the bytes the file is written anew,
-        which takes time in proportion to its size. (PostgreSQL's own vacuum does it later.) Raises `PersonaError` if
-        another connection reads or writes for so long that this cannot be done; the events are deleted all the same,
-        and calling again finishes the work.
+        which takes time in proportion to its size, and who writes meanwhile waits. (PostgreSQL's own vacuum does it
+        later.) Raises `PersonaError` if another connection reads or writes for so long that this cannot be done; the
+        events are deleted all the same, and calling again finishes the work.
         """
         mine = self._of(user, tenant)
         with self.database.begin(tenant) as connection:
@@ -224,6 +227,8 @@ def _revision(newest: int | None, count: int) -> int:
 
 def _row(user: str, tenant: str, event: Event | Mapping[str, Any]) -> dict[str, Any]:
     event = event if isinstance(event, Event) else event_from_dict(event)
+    if event.timestamp is not None and abs(event.timestamp) >= MILLISECONDS:
+        raise EventError(f"the timestamp {event.timestamp:.0f} is in milliseconds, it seems; give seconds since 1970")
     row = {name: getattr(event, name) for name in Event.__slots__}
     return {**row, "tenant": tenant, "user_id": user, "attributes": json.dumps(row["attributes"], ensure_ascii=False)}
 

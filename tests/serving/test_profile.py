@@ -130,7 +130,7 @@ def test_chats_keep_their_shared_system_prompt_in_front(store, profiles):
     assert "oak violin" not in profiles.chat(body, "ana", instruction="drums")[0]["messages"][2]["content"]
 
 
-@pytest.mark.parametrize("messages", [None, [], [{"role": "system", "content": "x"}], [{"role": "user"}], "x"])
+@pytest.mark.parametrize("messages", [None, [], [{"role": "system", "content": "x"}], [{"role": "user"}], "x", 5])
 def test_a_chat_without_a_user_turn_stays_as_it_is(profiles, store, messages):
     store.append("ana", [bought(1, "oak violin")])
     body = {"messages": messages}

@@ -135,6 +135,41 @@ def test_who_is_forgotten_and_comes_back_while_being_encoded_leaves_nothing_old(
     assert two[0].get("ana").events == two[1].get("ana").events == 1
 
 
+def test_an_event_that_arrives_while_the_cache_is_away_costs_personalisation_nothing(
+    encoder, store, redis_server, caplog
+):
+    states = UserStates(encoder, store, shared=SharedStates(open_embeddings(redis_server.url, store), SPACE))
+    store.append("ana", EVENTS[:2])
+    put = states.shared.put
+
+    def late(*args, **kwargs):
+        store.append("ana", EVENTS[2:])
+        put(*args, **kwargs)
+
+    states.shared.put = late
+    redis_server.stop()
+    try:
+        assert states.get("ana").events == 2
+    finally:
+        redis_server.start()
+    assert "the shared cache is not used" in caplog.text and ("default", "ana") in states
+
+
+def test_what_is_forgotten_meanwhile_goes_from_a_cache_that_has_just_failed(two, store, embeddings):
+    store.append("ana", EVENTS)
+    shared, put = two[0].shared, two[0].shared.put
+
+    def late(*args, **kwargs):
+        put(*args, **kwargs)
+        two[1].forget("ana")
+        put(*args, **kwargs)
+        shared._failed(PersonaError("another request had to wait for too long"))
+
+    shared.put = late
+    two[0].get("ana")
+    assert embeddings.get(["ana"], SPACE) == {}
+
+
 def test_tenants_share_nothing(two, store, reads):
     store.append("ana", EVENTS, tenant="shop")
     store.append("ana", EVENTS[:1], tenant="cinema")

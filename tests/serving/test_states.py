@@ -10,7 +10,7 @@ from torch import nn
 
 from persona.errors import PersonaError
 from persona.history import Event
-from persona.serving.states import UserStates
+from persona.serving.states import UserStates, _event_bytes
 from persona.store import EventStore
 
 
@@ -94,6 +94,23 @@ def test_look_ups_are_counted(states, store):
     assert (states.hits, states.misses) == (1, 2)
 
 
+def test_the_texts_of_events_count_against_the_memory_limit(encoder, store):
+    states = UserStates(encoder, store, cache_mib=1)
+    for user in map(str, range(8)):
+        store.append(user, [search(time, user + "x" * 100_000) for time in range(2)])
+        states.get(user)
+    held = sum(len(event.text) for known in states._states.values() for event in known.events)
+    assert 2**19 < held < states._states.currsize <= 2**20
+    small = UserStates(encoder, store, cache_mib=0.05)
+    assert small.get("0") is not None and len(small) == 0, "one user alone is too much"
+
+
+def test_all_that_an_event_holds_is_counted():
+    long = "x" * 1000
+    whole = Event(long, 1.0, long, long, 2.0, {long: long}, long)
+    assert 6000 < _event_bytes(whole) < 7500 and 100 < _event_bytes(Event("s")) < 500
+
+
 def test_requests_for_one_user_encode_once(states, store, gate, pool):
     store.append("u", [search(1)])
     gate.go.clear()
@@ -171,7 +188,7 @@ def test_tenants_share_no_state(states, store):
 
 
 def gone(states, text="a secret"):
-    return text not in states.encoder.text_encoder._vectors and ("default", "u") not in states
+    return text not in states.encoder.text_encoder and ("default", "u") not in states
 
 
 def test_forget_during_an_encoding_keeps_nothing(states, store, gate, pool):
@@ -231,7 +248,7 @@ def test_others_are_kept_when_one_is_forgotten_meanwhile(states, store):
         store.append(user, [search(1, user)])
         states.get(user)
     states.forget("u")
-    assert ("default", "v") in states and "v" in states.encoder.text_encoder._vectors
+    assert ("default", "v") in states and "v" in states.encoder.text_encoder
 
 
 def test_a_store_that_fails_is_not_hidden(states, store, tmp_path):

@@ -67,6 +67,12 @@ def test_append_is_idempotent_on_event_id(store):
     assert store.append("v", [event(1, "a")]) == 1
 
 
+def test_milliseconds_are_refused(store):
+    with pytest.raises(EventError, match="the timestamp 1760000000000 is in milliseconds, it seems; give seconds"):
+        store.append("u", [event(1), event(1_760_000_000_000)])
+    assert store.append("u", [event(99_999_999_999), event(-1)]) == 2
+
+
 def test_a_batch_is_stored_whole_or_not_at_all(store):
     with pytest.raises(EventError, match="no field 'txt'"):
         store.append("u", [event(1), {"source": "s", "txt": "x"}])

@@ -33,7 +33,8 @@ _NDJSON = "application/x-ndjson"
 class EventBody(BaseModel):
     """One event; see `persona.Event`."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    # strict, as `Event` is: neither true nor "5" is a number.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
     source: str = Field(min_length=1, description="Name of the stream that the event belongs to.")
     timestamp: float | None = Field(None, description="Seconds since 1970-01-01 UTC; none for facts without a time.")

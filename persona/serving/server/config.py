@@ -39,7 +39,7 @@ class ServerConfig(BaseSettings):
     jwt_audience: str = "persona"
     """The audience (`aud`) that user tokens must be made out to."""
     require_personalization: bool = False
-    """Answer 503 instead of plainly when a named user's tokens cannot be had."""
+    """Answer 503 instead of plainly when a named user's tokens cannot be had; 400 where the request is the reason."""
     budget_ms: float = Field(1000.0, gt=0)
     """Milliseconds that encoding may take before the call is answered plainly."""
     encode_threads: int = Field(8, ge=1)
@@ -49,7 +49,8 @@ class ServerConfig(BaseSettings):
     max_body: int = Field(2 * 2**20, ge=1024)
     """Bytes; a longer request body is refused with 413."""
     cache_mib: float = Field(256.0, gt=0)
-    """Memory for the states of users, in MiB; those that were not asked for for the longest time go first."""
+    """Memory for the states of users and for the events behind them, in MiB; those that were not asked for for the
+    longest time go first."""
     cache_url: str | None = None
     """Where servers share the states of users: a URL as redis://host:6379/0, or `store`, which is the event store's
     database; None leaves each server with its own memory."""

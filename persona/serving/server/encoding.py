@@ -87,19 +87,22 @@ class Encoding:
     def personalize(
         self,
         route: str,
-        body: dict,
+        body: bytes,
         user: str | None,
         tenant: str,
         salt: str,
         instruction: str | None,
         count: int | None,
     ) -> Made:
-        """The body with the user's rows in it, or without them and why. Never raises for a store or an encoder."""
+        """The body, in JSON, with the user's rows in it, or without them and why.
+
+        Never raises for a store or an encoder.
+        """
         apply = self.personalizer.chat if route.endswith(CHAT) else self.personalizer.completion
         start = time.perf_counter()
-        made = None
+        asked, made = json.loads(body), None
         try:
-            made, outcome = apply(body, user, instruction=instruction, count=count, tenant=tenant)
+            made, outcome = apply(asked, user, instruction=instruction, count=count, tenant=tenant)
         except TimeoutError:
             outcome = Outcome(False, "timeout")
         except UnservableError as error:
@@ -109,7 +112,7 @@ class Encoding:
             outcome = Outcome(False, "failed")
         if made is None:
             try:
-                made = self.personalizer.plain(route, body)
+                made = self.personalizer.plain(route, asked)
             except UnservableError as error:
                 outcome = Outcome(False, error.reason)
             except Exception as error:  # it may be what made personalising fail

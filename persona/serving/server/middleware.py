@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from persona.errors import PersonaError
 from persona.serving.memory import check_served
-from persona.serving.personalizer import REASONS, Outcome
+from persona.serving.personalizer import CALLERS, REASONS, Outcome
 from persona.serving.server import requests
 from persona.serving.server.api import user_api
 from persona.serving.server.auth import Caller
@@ -144,9 +144,13 @@ class PersonaMiddleware:
             user = caller.speaks_for(check_caller_user(body.pop("user", None)))
             instruction = requests.instruction_of(headers)
             count = requests.count_of(headers, service.adapter.tokens, memory)
-        raw, outcome = await service.personalize(path, body, user, caller.tenant, instruction, count)
+        try:
+            raw, outcome = await service.personalize(path, body, user, caller.tenant, instruction, count)
+        except RecursionError:  # Python reads JSON that is nested a little more deeply than what it writes
+            raise Refused(400, "invalid_json", "the body is nested too deeply") from None
         if service.config.require_personalization and user is not None and not outcome.personalized:
-            raise Refused(503, outcome.reason, f"not personalised: {REASONS[outcome.reason]}")
+            status = 400 if outcome.reason in CALLERS else 503
+            raise Refused(status, outcome.reason, f"not personalised: {REASONS[outcome.reason]}")
         return raw, outcome
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from contextlib import closing, suppress
 from typing import Any
@@ -13,7 +14,7 @@ from persona.errors import PersonaError
 from persona.history import check_user
 from persona.injection.model import AdapterConfig
 from persona.serving.memory import Memory
-from persona.serving.personalizer import CHAT, REASONS, Outcome
+from persona.serving.personalizer import CALLERS, CHAT, REASONS, Outcome
 from persona.serving.server.auth import Authenticator, cache_salt, read_secret
 from persona.serving.server.config import ServerConfig
 from persona.serving.server.encoding import STORE_TIMEOUT, Encoding, Made, log_error, written
@@ -55,13 +56,15 @@ class Service:
         """The request to hand on, in JSON, with the tenant's salt and the user's rows in it, or without rows and why.
 
         Never raises for a store or an encoder that fails, hangs or is slow; see `require_personalization` for the
-        other choice. Raises `Refused` for a request that cannot bring user tokens to an LLM that takes none without.
+        other choice. Raises `Refused` for a request that cannot bring user tokens to an LLM that takes none without,
+        and `RecursionError` for a body that is nested too deeply to be written as JSON.
         """
         salt, memory = cache_salt(self._secret, tenant), self.memory
         reason = "no-user"
         if user is not None or (memory and not route.endswith(CHAT)):
+            sent = json.dumps(body).encode()  # pickle cannot go as deep as the JSON that came in
             try:
-                made: Made = await self._soon("personalize", route, body, user, tenant, salt, instruction, count)
+                made: Made = await self._soon("personalize", route, sent, user, tenant, salt, instruction, count)
             except TimeoutError:
                 reason = "timeout"
             except _Busy:
@@ -144,9 +147,8 @@ class Service:
 
 
 def _unservable(reason: str) -> Refused:
-    ours = reason in ("failed", "timeout", "busy")
     why = f"this LLM takes no completion without user tokens, and {REASONS[reason]}"
-    return Refused(503 if ours else 400, reason, why)
+    return Refused(400 if reason in CALLERS else 503, reason, why)
 
 
 class _Busy(Exception):

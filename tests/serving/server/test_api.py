@@ -34,6 +34,12 @@ def test_events_come_back_whole(app, call):
     assert [json.loads(line) for line in export.body.decode().splitlines()] == [FULL, profile]
 
 
+def test_whole_numbers_are_numbers(app, call, store):
+    event = {"source": "s", "timestamp": 1, "value": 2, "attributes": {"a": 3}}
+    assert call(app, "POST", EVENTS, {"user": "ana", "events": [event]}).status == 200
+    assert store.history("ana").events == (Event("s", 1.0, value=2.0, attributes={"a": 3.0}),)
+
+
 def test_an_export_can_be_stored_again(app, call, store):
     store.append("ana", [Event("search", float(i), text=f"line\u2028{i}") for i in range(1203)])
     export = call(app, "POST", EXPORT, {"user": "ana"}).body.decode()
@@ -66,6 +72,9 @@ def test_unknown_users(app, call):
         (EVENTS, {"user": "ana", "events": [{"source": ""}]}, 422),
         (EVENTS, {"user": "ana", "events": [{"source": "s", "txt": "x"}]}, 422),
         (EVENTS, {"user": "ana", "events": [{"source": "s"}, {"source": "s", "text": 5}]}, 422),
+        (EVENTS, {"user": "ana", "events": [{"source": "s", "value": True}]}, 422),
+        (EVENTS, {"user": "ana", "events": [{"source": "s", "timestamp": "1760000000"}]}, 422),
+        (EVENTS, {"user": "ana", "events": [{"source": "s", "attributes": {"a": True}}]}, 422),
         (EVENTS, {"user": "ana", "events": [{"source": "s", "text": "\ud83d"}]}, 422),
         (EVENTS, {"user": "ana", "events": [{"source": "s", "attributes": {"\ud83d": 1}}]}, 422),
         (EVENTS, b'{"user": "ana", "events": [{"source": "s", "timestamp": NaN}]}', 422),
@@ -106,7 +115,7 @@ def test_other_methods_and_paths(app, call, method, path):
 def test_forget_erases_states_and_texts(app, call, ana, model, database):
     chat = {"messages": [{"role": "user", "content": "hi"}], "user": "ana"}
     assert call(app, "POST", "/v1/chat/completions", chat).outcome[0] == "personalized"
-    texts = model.encoder.text_encoder._vectors
+    texts = model.encoder.text_encoder
     assert "violin music" in texts and ("default", "ana") in app.service.encoding.states
     assert call(app, "POST", FORGET, {"user": "ana"}).json == {"erased": 2}
     assert "violin music" not in texts and ("default", "ana") not in app.service.encoding.states
@@ -161,6 +170,9 @@ def test_no_byte_of_a_forgotten_user_stays_in_files_or_logs(
     assert post("/v1/chat/completions", chat) == 200
     held = b"".join(file.read_bytes() for file in database.parent.glob("events.db*"))
     assert all(mark.encode() in held for mark in MARKS), "the search would have found them"
+    texts = app.service.encoding.model.encoder.text_encoder
+    learned = [said for said in (text, f"{text} too", f"city: {text}", f"{text}: {text}") if said in texts]
+    assert learned[:3] == [text, f"{text} too", f"city: {text}"]
     assert post(FORGET, {"user": user}) == 200
     for file in database.parent.glob("events.db*"):
         assert not any(mark.encode() in file.read_bytes() for mark in MARKS), file
@@ -168,7 +180,7 @@ def test_no_byte_of_a_forgotten_user_stays_in_files_or_logs(
     metrics = httpx.get(url + "/persona/metrics").text
     said = caplog.text + out + err + metrics
     assert "personalising failed: RuntimeError" in said and not [mark for mark in MARKS if mark in said]
-    assert not [t for t in app.service.encoding.model.encoder.text_encoder._vectors if text in t]
+    assert not [said for said in learned if said in texts]
     assert (
         not app.service.encoding.model.encoder.text_encoder._states
         or text not in app.service.encoding.model.encoder.text_encoder._states

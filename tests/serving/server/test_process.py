@@ -18,7 +18,8 @@ from persona.store import Stored, open_embeddings
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "What next?"}]}
-ASK = (CHAT, BODY, "ana", "default", "salt", None, None)
+SENT = json.dumps(BODY).encode()
+ASK = (CHAT, SENT, "ana", "default", "salt", None, None)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ async def again(encoding, seconds=60):
 
 def test_it_makes_what_an_encoding_in_this_process_makes(shared, config, model, store, ana, rows_of):
     async def work(process):
-        nobody = await process.call("personalize", CHAT, BODY, "nobody", "default", "salt", None, None)
+        nobody = await process.call("personalize", CHAT, SENT, "nobody", "default", "salt", None, None)
         made = await asyncio.gather(*(process.call("personalize", *ASK) for _ in range(20)))
         erased = await process.call("forget", "ana", "default")
         return process.adapter, made, nobody, erased, await process.call("personalize", *ASK)
@@ -111,6 +112,19 @@ def test_it_makes_what_an_encoding_in_this_process_makes(shared, config, model, 
         "cache_salt": "salt",
     }
     assert erased == 2 and store.count("ana") == 0
+
+
+@pytest.mark.parametrize("depth", [600, 700, 800])
+def test_bodies_are_personalised_however_deeply_they_nest(shared, config, store, ana, depth):
+    """Python reads and writes JSON that it cannot pickle."""
+    deep = json.loads("[" * depth + "]" * depth)
+
+    async def work(process):
+        service = Service(config, process, store)
+        return await service.personalize(CHAT, {**BODY, "deep": deep}, "ana", "default", None, None)
+
+    sent, outcome = shared.run(work)
+    assert outcome == Outcome(True) and json.loads(sent)["deep"] == deep
 
 
 def test_errors_of_the_store_arrive_as_they_are(shared, database, ana):

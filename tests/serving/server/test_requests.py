@@ -112,7 +112,8 @@ def test_what_is_no_json_is_refused(make, call, vllm, path, body):
     assert (reply.status, reply.json["error"]["code"]) == (400, "invalid_json") and not vllm.requests
 
 
-def test_any_depth_is_refused_or_passed_on(make, acall):
+@pytest.mark.parametrize("user", ["ana", ""])
+def test_any_depth_is_refused_or_passed_on(make, acall, user):
     reached = []
 
     async def inner(scope, receive, send):
@@ -121,9 +122,9 @@ def test_any_depth_is_refused_or_passed_on(make, acall):
         await send({"type": "http.response.body"})
 
     async def every():
-        app = make(inner)
+        app, start = make(inner), b'{"user": "%s", "a":' % user.encode()
         return [
-            (await acall(app, "POST", CHAT, b'{"user": "ana", "a":' + b"[" * depth + b"]" * depth + b"}")).status
+            (await acall(app, "POST", CHAT, start + b"[" * depth + b"]" * depth + b"}")).status
             for depth in range(880, 1000)
         ]
 
@@ -143,12 +144,20 @@ def test_lone_surrogates_in_texts_do_no_harm(make, call, vllm, ana):
     assert vllm.last["messages"][0]["content"] == body["messages"][0]["content"]
 
 
-@pytest.mark.parametrize(
-    "messages", [5, "text", {"role": "user"}, [5, None, "x"], [[{"role": "user"}]], [{"role": ["user"]}]]
-)
-def test_messages_of_any_shape_are_left_to_vllm(make, call, vllm, ana, messages):
+SHAPELESS = [5, True, "text", {"role": "user"}, [5, None, "x"], [[{"role": "user"}]], [{"role": ["user"]}]]
+
+
+@pytest.mark.parametrize("messages", SHAPELESS)
+def test_messages_of_any_shape_are_left_to_vllm(make, call, vllm, ana, messages, caplog):
     reply = call(make(), "POST", CHAT, {"messages": messages, "user": "ana"})
-    assert reply.status == 200 and reply.outcome[0] == "plain" and vllm.last["messages"] == messages
+    assert reply.status == 200 and reply.outcome == ("plain", "no-user-turn") and vllm.last["messages"] == messages
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("messages", SHAPELESS)
+def test_where_personalisation_is_required_messages_of_any_shape_are_the_callers_fault(make, call, vllm, ana, messages):
+    reply = call(make(require_personalization=True), "POST", CHAT, {"messages": messages, "user": "ana"})
+    assert (reply.status, reply.json["error"]["code"]) == (400, "no-user-turn") and not vllm.requests
 
 
 @pytest.mark.parametrize("text", ["%ff", "%ED%A0%80", "%E2%82"])
