@@ -17,17 +17,8 @@ from transformers.utils.hub import extract_commit_hash
 
 from persona.errors import CheckpointError, PersonaError
 
-FILES = (
-    "*.safetensors",
-    "*.bin",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "*.jinja",
-    "vocab*",
-    "*.model",
-)
-"""Files of a folder that an LLM's answers depend on."""
+FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "*.jinja", "vocab*", "merges.txt", "*.model")
+"""Files of a folder that an LLM's answers depend on: weights, settings, tokenizer, chat template."""
 _HUB = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only")
 """Arguments of `from_pretrained` that say which files are meant; they are for the tokenizer, too."""
 _EMBEDDINGS = "embed_tokens.weight"
@@ -42,8 +33,8 @@ def load_llm(name: str | Path, *, weights: bool = True, **kwargs):
     """A causal LM and its tokenizer by name or path, in float32 unless told. Raises `CheckpointError`.
 
     `kwargs` go to `from_pretrained`; those that say which files of the hub are meant, such as `revision`, are the
-    tokenizer's, too. Without `weights` the LLM's parameters have shapes but no storage (torch's meta device), except for its input
-    embeddings, which are mapped from the file and cost memory only where they are read.
+    tokenizer's, too. Without `weights` the LLM's parameters have shapes but no storage (torch's meta device), except
+    for its input embeddings, which are mapped from the file and cost memory only where they are read.
     """
     hub = {key: kwargs[key] for key in _HUB if key in kwargs}
     if not weights and (unused := sorted(kwargs.keys() - hub.keys())):

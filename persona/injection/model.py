@@ -164,9 +164,7 @@ class PersonalizedLM(SoftPromptLM):
         `PersonaError` for a single prompt in place of a list, and for another number of states or instructions.
         """
         if isinstance(messages, (str, Mapping)) or any(isinstance(m, Mapping) for m in messages):
-            raise PersonaError(
-                "messages is a list of prompts, each a text or a list of chat messages; put yours in one"
-            )
+            raise PersonaError("messages is a list of prompts, each a text or a list of chat messages; make it one")
         for name, those in (("states", states), ("instructions", instructions)):
             if isinstance(those, str) or (those is not None and len(those) != len(messages)):
                 raise PersonaError(f"{name} is a list with one for each of the {len(messages)} messages, not {those!r}")

@@ -137,7 +137,7 @@ def test_the_revision_of_an_llm_of_the_hub_is_its_commit(llm_path, tmp_path, mon
         ({"role": "user", "content": "What?"}, {}, "messages is a list of prompts"),
         ([{"role": "user", "content": "What?"}], {}, "messages is a list of prompts"),
         (["What?", "Why?"], {"states": [None]}, "states is a list with one for each of the 2 messages"),
-        (["What?"], {"states": [None], "instructions": ["a", "b"]}, "instructions is a list with one for each of the 1"),
+        (["What?"], {"states": [None], "instructions": ["a", "b"]}, "instructions is a list with one for each"),
         (["What?"], {"instructions": "W"}, "instructions is a list with one for each of the 1 messages, not 'W'"),
     ],
     ids=str,

@@ -59,9 +59,7 @@ def test_one_event_or_its_fields_are_observed_as_a_list_is(persona):
 
 
 def test_a_path_is_no_store(tmp_path):
-    with pytest.raises(
-        PersonaError, match=r"store is a URL such as sqlite:///persona\.db, or an EventStore, not .*Path"
-    ):
+    with pytest.raises(PersonaError, match=r"store is a URL such as .*, or an EventStore, not .*Path"):
         Persona.from_pretrained("nowhere", store=tmp_path / "persona.db")
 
 

@@ -89,7 +89,7 @@ def test_a_source_without_readers_may_have_any_attribute(tmp_path):
 def test_a_source_that_a_vocabulary_could_not_tell_from_others(tmp_path, name):
     text = DEMO.read_text(encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text(text.replace("sources:\n", f"sources:\n  {name}: {{kind: text}}\n"))
-    with pytest.raises(RecipeError, match="sources has the name .*; a name is not empty and holds no '/'"):
+    with pytest.raises(RecipeError, match=r"sources has the name .*; a name is not empty and holds no '/'"):
         load_recipe(tmp_path / "recipe.yaml")
 
 
