@@ -70,7 +70,7 @@ def main() -> None:
 def table(result: dict) -> str:
     """Floors, then the methods, with ours minus each of them, as a soft prompt and by cross-attention."""
     names = [name for name in result["results"] if name not in METHODS or not METHODS[name].ablation]
-    return "\n".join([title(result), "", *rows(result, names), "", caption(result)])
+    return "\n".join([title(result), "", *rows(result, names), "", made(result)])
 
 
 def short(result: dict) -> str:
@@ -83,7 +83,7 @@ def short(result: dict) -> str:
             paired = result["paired_cross"].get(name, {}).get(metric)
             cells = [words, interval_cell(row[metric]), difference(paired) if paired else "", row.get("tokens", "")]
             lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, "", caption(result, command=False)])
+    return "\n".join([*lines, "", caption(result)])
 
 
 def repeated(results: list[dict]) -> str:
@@ -99,7 +99,7 @@ def repeated(results: list[dict]) -> str:
         if any(found):
             cells = [difference(value) if value else "" for value in found]
             lines.append(f"| ours_cross minus {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(f"{result['name']}: {caption(result)}\n" for result in results)]).rstrip()
+    return "\n".join([*lines, "", *(f"{result['name']}: {made(result)}\n" for result in results)]).rstrip()
 
 
 def difference(value: dict) -> str:
@@ -140,7 +140,12 @@ def title(result: dict) -> str:
     return f"**{result['name']}**, the form of {result['task']}{less}"
 
 
-def caption(result: dict, *, command: bool = True) -> str:
+def made(result: dict) -> str:
+    """The caption, and the command."""
+    return f"{caption(result)} Made by `{result['command']}`."
+
+
+def caption(result: dict) -> str:
     """What is needed to read the table."""
     n, config = result["n"], result["config"]
     return (
@@ -148,8 +153,6 @@ def caption(result: dict, *, command: bool = True) -> str:
         f"split by {config['split']}; {n['gold_in_profile']} gold answers stand in the user's own profile. "
         f"Bootstrap 95% intervals over users. LLM `{config['llm']}`, prompts of at most {config['max_length']} tokens, "
         f"greedy. Each trained method had {config['steps']} steps. Seed {result['seed']}."
-        + f" Made by `{result['command']}`."
-        * command
     )
 
 

@@ -57,10 +57,6 @@ class WordedTexts:
         words = torch.stack([found.get(t, nothing) for t in texts]) if texts else torch.zeros(0, self.words)
         return torch.cat([self.texts.vectors(texts), words], dim=1)
 
-    def __contains__(self, text: str) -> bool:
-        """See `TextEncoder`."""
-        return text in self.texts
-
     def states_of(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """See `TextEncoder`."""
         return self.texts.states_of(texts)

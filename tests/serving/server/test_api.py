@@ -74,6 +74,7 @@ def test_unknown_users(app, call):
         (EVENTS, {"user": "ana", "events": [{"source": "s"}, {"source": "s", "text": 5}]}, 422),
         (EVENTS, {"user": "ana", "events": [{"source": "s", "value": True}]}, 422),
         (EVENTS, {"user": "ana", "events": [{"source": "s", "timestamp": "1760000000"}]}, 422),
+        (EVENTS, {"user": "ana", "events": [{"source": "s"}, {"source": "s", "timestamp": 1760000000000}]}, 422),
         (EVENTS, {"user": "ana", "events": [{"source": "s", "attributes": {"a": True}}]}, 422),
         (EVENTS, {"user": "ana", "events": [{"source": "s", "text": "\ud83d"}]}, 422),
         (EVENTS, {"user": "ana", "events": [{"source": "s", "attributes": {"\ud83d": 1}}]}, 422),
