@@ -287,7 +287,7 @@ class UserEncoder(EmbeddingMixin, HubMixin, nn.Module):
         """
         count = self.check_count(count)
         if isinstance(instructions, str) or len(instructions) != len(states):
-            raise EventError(f"instructions is a list with one for each of {len(states)} states, not {instructions!r}")
+            raise EventError(f"instructions is a list with one for each of the {len(states)} states")
         if not states:
             return []
         texts = list(dict.fromkeys(i for i in instructions if isinstance(i, str)))

@@ -19,7 +19,7 @@ from persona.errors import CheckpointError, PersonaError
 
 FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "*.jinja", "vocab*", "merges.txt", "*.model")
 """Files of a folder that an LLM's answers depend on: weights, settings, tokenizer, chat template."""
-_HUB = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only")
+_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 """Arguments of `from_pretrained` that say which files are meant; they are for the tokenizer, too."""
 _EMBEDDINGS = "embed_tokens.weight"
 
@@ -77,7 +77,7 @@ def _loading(name: str | Path) -> Iterator[None]:
         raise CheckpointError(f"the LLM {str(name)!r} cannot be loaded: {error}") from error
 
 
-def _map_embeddings(llm: nn.Module, name: str | Path, trust_remote_code: bool = False, **hub) -> None:
+def _map_embeddings(llm: nn.Module, name: str | Path, **hub) -> None:
     """Gives a shell its input embeddings, memory-mapped, if they lie in a safetensors file under the usual name."""
     for file in ("model.safetensors.index.json", "model.safetensors"):
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)

@@ -167,7 +167,7 @@ class PersonalizedLM(SoftPromptLM):
             raise PersonaError("messages is a list of prompts, each a text or a list of chat messages; make it one")
         for name, those in (("states", states), ("instructions", instructions)):
             if isinstance(those, str) or (those is not None and len(those) != len(messages)):
-                raise PersonaError(f"{name} is a list with one for each of the {len(messages)} messages, not {those!r}")
+                raise PersonaError(f"{name} is a list with one for each of the {len(messages)} messages")
         if not messages:
             return []
         states = states if states is not None else [None] * len(messages)

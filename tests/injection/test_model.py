@@ -138,7 +138,7 @@ def test_the_revision_of_an_llm_of_the_hub_is_its_commit(llm_path, tmp_path, mon
         ([{"role": "user", "content": "What?"}], {}, "messages is a list of prompts"),
         (["What?", "Why?"], {"states": [None]}, "states is a list with one for each of the 2 messages"),
         (["What?"], {"states": [None], "instructions": ["a", "b"]}, "instructions is a list with one for each"),
-        (["What?"], {"instructions": "W"}, "instructions is a list with one for each of the 1 messages, not 'W'"),
+        (["What?"], {"instructions": "W"}, "instructions is a list with one for each of the 1 messages"),
     ],
     ids=str,
 )  # fmt: skip
@@ -150,7 +150,7 @@ def test_a_batch_that_does_not_fit_is_refused(model, messages, options, said):
 @pytest.mark.parametrize("instructions", [["a", "b"], [], "a"], ids=str)
 def test_states_need_an_instruction_each(model, instructions):
     states = model.encoder.read([History("u"), History("v"), History("w")])
-    with pytest.raises(EventError, match="instructions is a list with one for each of 3 states"):
+    with pytest.raises(EventError, match=r"instructions is a list with one for each of the 3 states$"):
         model.encoder.tokens(states, instructions)
 
 
